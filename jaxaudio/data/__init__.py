@@ -1,0 +1,1 @@
+"""Floor 0: the NumPy side; nothing here imports JAX."""

@@ -1,0 +1,1 @@
+"""Floor 2: one paper, one file, one frozen config."""

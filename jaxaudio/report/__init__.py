@@ -1,0 +1,1 @@
+"""Floor 3: the card, the pictures and the page of a run."""

@@ -1,0 +1,1 @@
+"""Floor 3: state, step, optimizer, checkpoints and the loop."""
