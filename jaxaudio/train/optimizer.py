@@ -1,0 +1,117 @@
+"""Optimizers and learning-rate schedules, from one frozen config."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam or AdamW with global-norm clipping and a schedule.
+
+    Args:
+      name: "adamw" adds `weight_decay` times the parameter to the update, except for biases and norm scales.
+      learning_rate: the peak, reached after the warm-up; for "noam" the factor c of its formula.
+      schedule: what follows the linear warm-up, see `make_schedule`.
+      warmup_steps: updates until the peak; 0 starts at the peak.
+      num_steps: update at which "cosine" and "linear" reach their end.
+      final_fraction: their end, as a fraction of the peak.
+      hidden_dim: the model width in the formula of "noam".
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of squared gradients.
+      epsilon: added to the root of the mean of squares.
+      weight_decay: only with "adamw".
+      clip_norm: gradients with a larger global norm are scaled down to it; None leaves them.
+    Raises:
+      ValueError: a field that the schedule or optimizer needs is missing, or one that it would ignore is set.
+    """
+
+    name: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "noam"] = "constant"
+    warmup_steps: int = 0
+    num_steps: int | None = None
+    final_fraction: float = 0.0
+    hidden_dim: int | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        decays = self.schedule in ("cosine", "linear")
+        if decays and (self.num_steps is None or self.num_steps <= self.warmup_steps):
+            raise ValueError(
+                f"schedule {self.schedule!r} needs num_steps > warmup_steps ({self.warmup_steps}), got {self.num_steps}"
+            )
+        if not decays and (self.num_steps is not None or self.final_fraction):
+            raise ValueError(
+                f"num_steps={self.num_steps} and final_fraction={self.final_fraction} are for schedules 'cosine' and"
+                f" 'linear'; with {self.schedule!r} leave them None and 0.0"
+            )
+        if (self.schedule == "noam") != (self.hidden_dim is not None):
+            raise ValueError(f"hidden_dim is for schedule 'noam' alone, got {self.hidden_dim} with {self.schedule!r}")
+        if self.warmup_steps < (self.schedule in ("rsqrt", "noam")):
+            raise ValueError(f"schedule {self.schedule!r} cannot have warmup_steps={self.warmup_steps}")
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"weight_decay={self.weight_decay} is for optimizer 'adamw', got {self.name!r}")
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate of an update, given how many updates came before it.
+
+    With s the update counted from 1, w warmup_steps, lr learning_rate and p = (s - w) / (num_steps - w) within [0, 1]:
+
+      all       lr * min(1, s / w) * decay
+      constant  decay = 1
+      linear    decay = 1 - (1 - final_fraction) p
+      cosine    decay = final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2
+      rsqrt     decay = sqrt(w / max(s, w))
+      noam      decay = 1 / sqrt(max(s, w) * hidden_dim); tensor2tensor's, whose `transformer_base` has lr = 2,
+                and whose older "learning_rate = 0.1" is lr = 1 here
+    """
+
+    def schedule(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+        warmup = max(config.warmup_steps, 1)
+        past = jnp.maximum(step, warmup)
+        if config.schedule in ("linear", "cosine"):
+            progress = jnp.clip((step - config.warmup_steps) / (config.num_steps - config.warmup_steps), 0, 1)
+            left = 1 - progress if config.schedule == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
+            decay = config.final_fraction + (1 - config.final_fraction) * left
+        elif config.schedule == "rsqrt":
+            decay = jnp.sqrt(warmup / past)
+        elif config.schedule == "noam":
+            decay = 1 / jnp.sqrt(past * config.hidden_dim)
+        else:
+            decay = 1
+        return config.learning_rate * jnp.minimum(1, step / warmup) * decay
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, Adam (Kingma & Ba 2015, algorithm 1), decoupled weight decay, learning rate.
+
+    The state's layout does not depend on the options, so a checkpoint fits a run that changes them.
+    """
+    identity = optax.identity()
+    return optax.chain(
+        identity if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else identity,
+        optax.scale_by_learning_rate(make_schedule(config)),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """True for every parameter but biases and norm scales, by name: a stacked bias has two dimensions like a kernel."""
+
+    def is_decayed(path: tuple, _: Any) -> bool:
+        return not {"bias", "scale"} & set(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
