@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_names_itself_and_the_steps_to_fall_back_on(tmp_pat
             checkpointer.save(new_state(step))
     folder = tmp_path / "2" / "state"
     patterns = {
-        "arrays": "ocdbt.process_*/d/*",
+        "arrays": "**/d/*",
         "tree": "_METADATA",
         "manifest": "manifest.ocdbt",
         "removed": "_METADATA",
