@@ -1,0 +1,471 @@
+"""The one Transformer of the house: Whisper, T5, MusicGen, AudioLM, Music Transformer and Qwen2 are its configurations.
+
+Letters, here and in every einsum: B batch, T query, S key, D embed_dim, N num_heads, K num_kv_heads, H head_dim,
+F mlp_dim, V vocab_size, L layers, R relative distances.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxaudio.nn.layers import Dropout, Norm, Projection, constrain
+from jaxaudio.ops import dropout as dropout_ops
+from jaxaudio.ops import positions as position_ops
+from jaxaudio.ops import relative_attention as relative_ops
+from jaxaudio.ops.attention import (
+    KVCache,
+    attention,
+    cached_attention,
+    causal_mask,
+    init_cache,
+    update_cache,
+    weighted_values,
+)
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and kind of a stack of Transformer blocks.
+
+    Attributes:
+      num_layers, embed_dim, num_heads, mlp_dim: the usual sizes.
+      head_dim: width of a query or key head; embed_dim // num_heads if None.
+      value_head_dim: width of a value head; embed_dim // num_heads if None.
+      num_kv_heads: fewer than num_heads for grouped heads; num_heads if None.
+      attention: "causal", "full", or "local" (causal, own block and the previous one).
+      cross_attention: adds attention to an encoder's output to each block.
+      norm, norm_position, norm_epsilon: "layer" or "rms" normalisation, of each layer's input ("pre", and once more at
+        the stack's end) or of each residual sum ("post").
+      activation, gated_mlp: of the MLP; gated is act(x W_gate) * (x W_up).
+      attention_bias, attention_out_bias, mlp_bias, norm_bias: whether q/k/v, the output projection, the MLP and the
+        LayerNorm have biases.
+      positions: "none" here if positions are added to the input; "relative" (Music Transformer), "t5" (one bias table
+        for the whole stack) or "rotary".
+      max_distance: rows R of each relative table; T5's largest exact distance.
+      num_buckets: T5's buckets.
+      rotary_base: wavelength base of rotary positions.
+      relative_form, block_size: form of relative attention, see `ops.relative_attention`; block_size is also the block
+        of "local" attention.
+      pitch_time: adds relative pitch and time logits to the first layer (Music Transformer section 4.1.1).
+      attention_scale: factor of the logits; head_dim ** -0.5 if None, 1.0 in T5.
+      dropout_rate, attention_dropout_rate, mlp_dropout_rate: of block outputs, attention weights, MLP hidden units.
+      dropout_generator: "jax" or "hash", see `ops.dropout`.
+      attention_implementation: see `ops.attention.attention`.
+      remat_policy: None keeps all activations; else a member of `jax.checkpoint_policies`, such as "nothing_saveable".
+      dtype: "float32" or "bfloat16" compute; parameters are always float32.
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    num_kv_heads: int | None = None
+    attention: Literal["causal", "full", "local"] = "causal"
+    cross_attention: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-6
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
+    gated_mlp: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    positions: Literal["none", "relative", "t5", "rotary"] = "none"
+    max_distance: int = 128
+    num_buckets: int = 32
+    rotary_base: float = 1e4
+    relative_form: Literal["gather", "skew", "blockwise"] = "blockwise"
+    block_size: int = 128
+    pitch_time: bool = False
+    attention_scale: float | None = None
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    mlp_dropout_rate: float = 0.0
+    dropout_generator: Literal["jax", "hash"] = "jax"
+    attention_implementation: Literal["auto", "xla", "mapped", "cudnn"] = "auto"
+    remat_policy: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if self.remat_policy is not None and not hasattr(jax.checkpoint_policies, self.remat_policy):
+            names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
+            raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {names}")
+        if self.pitch_time and self.positions != "relative":
+            raise ValueError(f"pitch_time needs positions='relative', got {self.positions!r}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.positions == "relative" and self.attention == "full":
+            raise ValueError("positions='relative' is causal attention, got attention='full'")
+        if self.positions == "relative" and (self.attention_scale, self.attention_implementation) != (None, "auto"):
+            raise ValueError(
+                "relative attention has its own scale and forms, got "
+                f"attention_scale={self.attention_scale}, attention_implementation={self.attention_implementation!r}"
+            )
+        if self.positions == "relative" and self.kv_heads != self.num_heads:
+            raise ValueError(f"relative attention has no grouped heads, got num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def query_head_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.value_head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+class Attention(nn.Module):
+    """Multi-head attention, to itself or to a memory, with the positions that act on the logits."""
+
+    config: TransformerConfig
+    cross: bool = False
+    pitch_time: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        pitches: jax.Array | None = None,
+        cache: KVCache | None = None,
+        position: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends from x (B, T, D) to itself, to `memory` (B, S, D), or to the cache.
+
+        Args:
+          x: inputs.
+          memory: encoder outputs for cross attention.
+          mask: (#B, #N, #T, S), True = attend; combined with the causal mask.
+          bias: (#B, #N, T, S) added to the scaled logits.
+          pitches: (B, T), or (B, S) with a cache, for `pitch_time`.
+          cache: keys and values before `position`; the ones of x are written into the cache that is returned.
+          position: index of x's first position, with a cache.
+          deterministic: no dropout.
+        Returns:
+          ((B, T, D), updated cache or None).
+        """
+        config = self.config
+        source = x if memory is None else memory
+        query = self._heads("query", config.num_heads, config.query_head_dim, "heads")(x)
+        key = self._heads("key", config.kv_heads, config.query_head_dim, "kv_heads")(source)
+        value = self._heads("value", config.kv_heads, config.value_dim, "kv_heads")(source)
+        query = constrain(query, "act_batch", "act_length", "act_heads", "act_head_dim")
+        key = constrain(key, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
+        value = constrain(value, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
+        if config.positions == "rotary" and not self.cross:
+            where = (jnp.arange(x.shape[1]) + (0 if position is None else position))[None]
+            query, key = (position_ops.rotate(y, where, base=config.rotary_base) for y in (query, key))
+        if cache is not None:
+            cache = update_cache(cache, key, value, position)
+            out = self._cached(query, cache, position, bias, pitches)
+        else:
+            out = self._full(query, key, value, mask, bias, pitches, deterministic)
+        out = constrain(out, "act_batch", "act_length", "act_heads", "act_head_dim")
+        shape, axes = (config.num_heads, config.value_dim, config.embed_dim), ("heads", "head_dim", "embed")
+        out = Projection("BTNH,NHD->BTD", shape, axes, 2, config.attention_out_bias, config.dtype, name="out")(out)
+        return out, cache
+
+    def _heads(self, name: str, num_heads: int, head_dim: int, axis: str) -> Projection:
+        config, bias = self.config, self.config.attention_bias
+        shape, axes = (config.embed_dim, num_heads, head_dim), ("embed", axis, "head_dim")
+        return Projection("BTD,DNH->BTNH", shape, axes, bias=bias, dtype=config.dtype, name=name)
+
+    def _table(self, name: str, rows: int) -> jax.Array:
+        """A table of relative embeddings (N, rows, H); tensor2tensor's initial deviation is H^-1/2."""
+        head_dim = self.config.query_head_dim
+        init = nn.with_logical_partitioning(nn.initializers.normal(head_dim**-0.5), ("heads", "relative", "head_dim"))
+        table = self.param(name, init, (self.config.num_heads, rows, head_dim), jnp.float32)
+        return table.astype(self.config.dtype)
+
+    def _pitch_time_logits(self, query, query_pitch, query_step, key_pitch, key_step):
+        # All distances within max_distance tokens, four to a step; all intervals of two octaves either way.
+        time, pitch = (
+            self._table("time_embeddings", -(-self.config.max_distance // 4)),
+            self._table("pitch_embeddings", 49),
+        )
+        return relative_ops.pitch_time_logits(query, time, pitch, query_pitch, query_step, key_pitch, key_step)
+
+    def _cached(self, query, cache, position, bias, pitches):
+        config, size, length = self.config, cache.keys.shape[-2], query.shape[1]
+        if config.positions == "relative":
+            table = self._table("relative_embeddings", config.max_distance)
+            bias = relative_ops.cached_relative_logits(query, table, position, size)
+        if self.pitch_time:
+            query_pitch = jax.lax.dynamic_slice_in_dim(pitches, position, length, axis=1)
+            query_step, key_step = (position + jnp.arange(length)) // 4, jnp.arange(size) // 4
+            bias = bias + self._pitch_time_logits(query, query_pitch, query_step, pitches, key_step)
+        window_start = None
+        if config.attention == "local":
+            window_start = jnp.maximum(position // config.block_size - 1, 0) * config.block_size
+        scale = config.attention_scale
+        return cached_attention(query, cache, position, bias=bias, window_start=window_start, scale=scale)
+
+    def _full(self, query, key, value, mask, bias, pitches, deterministic):
+        config, length = self.config, query.shape[1]
+        use_dropout = config.attention_dropout_rate > 0 and not deterministic
+        drop = {
+            "dropout_rate": config.attention_dropout_rate,
+            "dropout_key": self.make_rng("dropout") if use_dropout else None,
+            "dropout_generator": config.dropout_generator,
+        }
+        if config.positions == "relative" and not self.cross:
+            if mask is not None or bias is not None:
+                raise ValueError("relative attention is causal and takes no mask or bias; pad on the right instead")
+            return self._relative(query, key, value, pitches, drop)
+        if config.attention != "full" and not self.cross:
+            causal = causal_mask(length, length)
+            if config.attention == "local":
+                block = jnp.arange(length) // config.block_size
+                causal &= block[:, None] - block[None, :] <= 1
+            mask = causal[None, None] if mask is None else mask & causal[None, None]
+        return attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=config.attention_scale,
+            implementation=config.attention_implementation,
+            **drop,
+        )
+
+    def _relative(self, query, key, value, pitches, drop):
+        config = self.config
+        table = self._table("relative_embeddings", config.max_distance)
+        form = "local" if config.attention == "local" else config.relative_form
+        if self.pitch_time or form in ("gather", "skew"):  # forms that store the weights
+            form = form if form in ("gather", "skew") else "skew"
+            bias = None
+            if self.pitch_time:
+                step = jnp.arange(query.shape[1]) // 4
+                bias = self._pitch_time_logits(query, pitches, step, pitches, step)
+            weights = relative_ops.relative_attention_weights(query, key, table, form=form, bias=bias)
+            self.sow("attention_weights", "self", weights)  # for pictures; costs nothing unless asked for
+            if drop["dropout_key"] is not None:
+                weights = dropout_ops.dropout(
+                    drop["dropout_key"], weights, drop["dropout_rate"], drop["dropout_generator"]
+                )
+            return weighted_values(weights, value)
+        return relative_ops.relative_attention(
+            query, key, value, table, form=form, block_size=config.block_size, **drop
+        )
+
+
+def _norm(config: TransformerConfig, name: str) -> Norm:
+    return Norm(config.norm, config.norm_epsilon, config.norm_bias, config.dtype, name=name)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network, plain or gated."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """(B, T, D) -> (B, T, D)."""
+        config = self.config
+
+        def up(name: str) -> Projection:
+            shape = (config.embed_dim, config.mlp_dim)
+            return Projection("BTD,DF->BTF", shape, ("embed", "mlp"), 1, config.mlp_bias, config.dtype, name=name)
+
+        hidden = ACTIVATIONS[config.activation](up("gate" if config.gated_mlp else "up")(x))
+        if config.gated_mlp:
+            hidden = hidden * up("up")(x)
+        hidden = constrain(hidden, "act_batch", "act_length", "act_mlp")
+        hidden = Dropout(config.mlp_dropout_rate, config.dropout_generator)(hidden, deterministic=deterministic)
+        shape = (config.mlp_dim, config.embed_dim)
+        return Projection("BTF,FD->BTD", shape, ("mlp", "embed"), 1, config.mlp_bias, config.dtype, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """Self-attention, optional cross-attention and MLP, each with a norm and a residual sum."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+    pitch_time: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        memory_mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        pitches: jax.Array | None = None,
+        cache: KVCache | None = None,
+        position: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """(B, T, D) -> ((B, T, D), cache); arguments as in `Attention` and `Transformer`."""
+        config = self.config
+        x = constrain(x, "act_batch", "act_length", "act_embed")
+
+        def residual(x: jax.Array, name: str, layer: Callable) -> jax.Array:
+            norm = _norm(config, f"{name}_norm")
+            y = layer(norm(x) if config.norm_position == "pre" else x)
+            y = Dropout(config.dropout_rate, config.dropout_generator)(y, deterministic=self.deterministic)
+            return x + y if config.norm_position == "pre" else norm(x + y)
+
+        def self_attention(y: jax.Array) -> jax.Array:
+            nonlocal cache
+            y, cache = Attention(config, pitch_time=self.pitch_time, name="attention")(
+                y,
+                mask=mask,
+                bias=bias,
+                pitches=pitches,
+                cache=cache,
+                position=position,
+                deterministic=self.deterministic,
+            )
+            return y
+
+        def cross_attention(y: jax.Array) -> jax.Array:
+            layer = Attention(config, cross=True, name="cross_attention")
+            return layer(y, memory, mask=memory_mask, deterministic=self.deterministic)[0]
+
+        x = residual(x, "attention", self_attention)
+        if config.cross_attention:
+            x = residual(x, "cross_attention", cross_attention)
+        x = residual(x, "mlp", lambda y: MLP(config, name="mlp")(y, deterministic=self.deterministic))
+        return x, cache
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, scanned over stacked parameters, and the final norm of pre-norm stacks.
+
+    With a cache (decoding) the layers run one by one instead: from parameters that `unstack_layers` took apart, because
+    slicing a stacked array at every token copies it. A `pitch_time` first layer has parameters of its own.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        memory: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        memory_mask: jax.Array | None = None,
+        pitches: jax.Array | None = None,
+        cache: tuple[KVCache, ...] | None = None,
+        position: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
+        """Runs all blocks.
+
+        Args:
+          x: (B, T, D) embedded inputs.
+          memory: (B, S, D) encoder outputs, for `cross_attention`.
+          mask: (#B, #N, #T, T) self-attention mask, True = attend.
+          memory_mask: (#B, #N, #T, S) cross-attention mask.
+          pitches: (B, T), or (B, cache length) with a cache, for `pitch_time`.
+          cache: one KVCache per layer, see `init_caches`; x then continues it at `position`.
+          position: index of x's first position in the cache.
+          deterministic: no dropout.
+        Returns:
+          ((B, T, D), updated caches or None).
+        """
+        config = self.config
+        bias = self._t5_bias(x.shape[1], cache, position) if config.positions == "t5" else None
+        shared = (memory, mask, memory_mask, bias)
+        num_first = int(config.pitch_time)
+        new_caches = []
+        if config.pitch_time:
+            first = Block(config, deterministic, pitch_time=True, name="first_layer")
+            x, new_cache = first(x, *shared, pitches, None if cache is None else cache[0], position)
+            new_caches.append(new_cache)
+        if cache is None:
+            x, _ = self._scanned(config.num_layers - num_first, deterministic)(x, *shared)
+        else:
+            layers = self.variables["params"]["layers"]
+            for index, layer_cache in enumerate(cache[num_first:]):
+                if str(index) not in layers:
+                    raise ValueError(f"decoding needs unstacked layers, see unstack_layers; found {sorted(layers)}")
+                block, params = Block(config, parent=None), {"params": layers[str(index)]}
+                x, new_cache = block.apply(params, x, *shared, None, layer_cache, position)
+                new_caches.append(new_cache)
+        if config.norm_position == "pre":
+            x = _norm(config, "norm")(x)
+        return x, None if cache is None else tuple(new_caches)
+
+    def _scanned(self, length: int, deterministic: bool) -> nn.Module:
+        config, block = self.config, Block
+        if config.remat_policy is not None:
+            policy = getattr(jax.checkpoint_policies, config.remat_policy)
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, "attention_weights": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(config, deterministic, name="layers")
+
+    def _t5_bias(self, length, cache, position):
+        """(1, N, T, S) logit bias of T5's one table."""
+        config = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(config.embed_dim**-0.5), ("relative", "heads"))
+        table = self.param("relative_bias", init, (config.num_buckets, config.num_heads), jnp.float32)
+        query = jnp.arange(length) + (0 if position is None else position)
+        key = jnp.arange(length if cache is None else cache[0].keys.shape[-2])
+        buckets = position_ops.t5_buckets(
+            key[None, :] - query[:, None],
+            num_buckets=config.num_buckets,
+            max_distance=config.max_distance,
+            bidirectional=config.attention == "full",
+        )
+        return table[buckets].transpose(2, 0, 1)[None]
+
+
+def init_caches(config: TransformerConfig, batch_size: int, length: int) -> tuple[KVCache, ...]:
+    """One empty KVCache per layer for `length` positions."""
+    dtype = jnp.dtype(config.dtype)
+    return tuple(
+        init_cache(batch_size, length, config.kv_heads, config.query_head_dim, config.value_dim, dtype)
+        for _ in range(config.num_layers)
+    )
+
+
+def unstack_layers(params: Any) -> Any:
+    """Takes every stacked subtree named "layers" apart into {"0": ..., "1": ...}; an unstacked one stays as it is.
+
+    Decoding reads a layer's weights at every token; as separate arrays they are read in place.
+    """
+    if not isinstance(params, dict):
+        return params
+    out = {}
+    for name, value in params.items():
+        if name != "layers" or "0" in value:
+            out[name] = unstack_layers(value)
+            continue
+        length = jax.tree.leaves(value)[0].shape[0]
+        out[name] = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(length)}
+    return out
