@@ -20,7 +20,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-PACKAGES = ("jaxaudio", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+from jaxaudio import __version__
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 TEMPORARY = ".orbax-checkpoint-tmp"
 
 Scalar = int | float | np.number | jax.Array
@@ -186,7 +188,7 @@ class Checkpointer:
         self._orbax.reload()
         return CheckpointSaveError(
             f"could not save step {step} in {self.directory} ({free_bytes:,} bytes free): {root_reason(error)}. "
-            f"Checkpoints that remain: {list(self.steps)}; make room and run again to resume from the newest"
+            f"Checkpoints that remain: {list(self.steps)}; once the cause is gone, run again to resume from the newest"
         )
 
     def restore(self, abstract_state: Any, data_iterator: Any = None, step: int | None = None) -> Any:
@@ -233,11 +235,10 @@ class Checkpointer:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a run computes; an absent library is left out."""
-    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES if name in installed
-    }
+    """Versions of Python, jaxaudio and the libraries that decide what a run computes; an absent library is left out."""
+    installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES if name in installed}
+    return {"python": platform.python_version(), "jaxaudio": __version__, **libraries}
 
 
 def check_same_tree(expected: Any, found: Any, path: pathlib.Path) -> None:
