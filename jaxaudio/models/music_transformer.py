@@ -99,7 +99,7 @@ class MusicTransformer(nn.Module):
             deterministic=deterministic,
         )
         shape = (transformer.embed_dim, config.vocab_size)
-        logits = Projection("BTD,DV->BTV", shape, ("embed", "vocab"), dtype=transformer.dtype, name="logits")(x)
+        logits = Projection(shape, ("embed", "vocab"), dtype=transformer.dtype, name="logits")(x)
         logits = constrain(logits, "act_batch", "act_length", "act_vocab")
         return logits.astype(jnp.float32), None if cache is None else MusicCache(layers, tokens)
 
@@ -114,7 +114,7 @@ class MusicTransformer(nn.Module):
             voice = nn.one_hot(where % config.num_voices, config.num_voices, dtype=x.dtype)[None]
             parts.append(jnp.broadcast_to(voice, (*x.shape[:2], config.num_voices)))
         x = jnp.concatenate(parts, axis=-1)
-        return Projection("BTC,CD->BTD", (x.shape[-1], dim), (None, "embed"), dtype=x.dtype, name="concatenated")(x)
+        return Projection((x.shape[-1], dim), (None, "embed"), dtype=x.dtype, name="concatenated")(x)
 
 
 def init_cache(config: MusicTransformerConfig, batch_size: int, length: int) -> MusicCache:

@@ -1,5 +1,6 @@
 """Projection, norm, dropout and token embedding: the layers that every stack is made of."""
 
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaudio.ops import dropout as dropout_ops
+from jaxaudio.ops.matmul import project
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -15,12 +17,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 class Projection(nn.Module):
-    """An einsum with a kernel of any rank that carries logical axes, and an optional bias over the output axes.
+    """x @ kernel + bias with a kernel of any rank, whose axes carry logical names.
 
     `nn.DenseGeneral` fails under `jax.set_mesh` with partitioned kernels of rank 3 (flax issue 3676).
+
+    Attributes:
+      shape: of the kernel, input axes first: (D, F), or (D, N, H) to split into heads, or (N, H, D) to join them.
+      axes: logical name of each kernel axis.
+      num_input_axes: how many leading axes of `shape` are contracted with the last axes of x.
+      bias: adds one over the output axes.
+      dtype: of the computation.
     """
 
-    equation: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     num_input_axes: int = 1
@@ -29,15 +37,23 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the kernel to x, in `dtype`."""
-        inputs, outputs = tuple(range(self.num_input_axes)), tuple(range(self.num_input_axes, len(self.shape)))
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=outputs)
+        """(B, T, *inputs) -> (B, T, *outputs)."""
+        inputs, outputs = self.shape[: self.num_input_axes], self.shape[self.num_input_axes :]
+        init = nn.initializers.variance_scaling(
+            1.0,
+            "fan_avg",
+            "uniform",
+            in_axis=tuple(range(len(inputs))),
+            out_axis=tuple(range(len(inputs), len(self.shape))),
+        )
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        kernel = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
+        lead = x.shape[:2]
+        y = project(x.astype(self.dtype).reshape(*lead, -1), kernel).reshape(*lead, *outputs)
         if self.bias:
-            shape, axes = self.shape[self.num_input_axes :], self.axes[self.num_input_axes :]
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.float32)
-            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            axes = self.axes[self.num_input_axes :]
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), outputs, jnp.float32)
+            y = y + bias.astype(self.dtype)[None, None]
         return y
 
 

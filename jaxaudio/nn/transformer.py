@@ -186,13 +186,13 @@ class Attention(nn.Module):
             out = self._full(query, key, value, mask, bias, pitches, deterministic)
         out = constrain(out, "act_batch", "act_length", "act_heads", "act_head_dim")
         shape, axes = (config.num_heads, config.value_dim, config.embed_dim), ("heads", "head_dim", "embed")
-        out = Projection("BTNH,NHD->BTD", shape, axes, 2, config.attention_out_bias, config.dtype, name="out")(out)
+        out = Projection(shape, axes, 2, config.attention_out_bias, config.dtype, name="out")(out)
         return out, cache
 
     def _heads(self, name: str, num_heads: int, head_dim: int, axis: str) -> Projection:
         config, bias = self.config, self.config.attention_bias
         shape, axes = (config.embed_dim, num_heads, head_dim), ("embed", axis, "head_dim")
-        return Projection("BTD,DNH->BTNH", shape, axes, bias=bias, dtype=config.dtype, name=name)
+        return Projection(shape, axes, bias=bias, dtype=config.dtype, name=name)
 
     def _table(self, name: str, rows: int) -> jax.Array:
         """A table of relative embeddings (N, rows, H); tensor2tensor's initial deviation is H^-1/2."""
@@ -291,7 +291,7 @@ class MLP(nn.Module):
 
         def up(name: str) -> Projection:
             shape = (config.embed_dim, config.mlp_dim)
-            return Projection("BTD,DF->BTF", shape, ("embed", "mlp"), 1, config.mlp_bias, config.dtype, name=name)
+            return Projection(shape, ("embed", "mlp"), 1, config.mlp_bias, config.dtype, name=name)
 
         hidden = ACTIVATIONS[config.activation](up("gate" if config.gated_mlp else "up")(x))
         if config.gated_mlp:
@@ -299,7 +299,7 @@ class MLP(nn.Module):
         hidden = constrain(hidden, "act_batch", "act_length", "act_mlp")
         hidden = Dropout(config.mlp_dropout_rate, config.dropout_generator)(hidden, deterministic=deterministic)
         shape = (config.mlp_dim, config.embed_dim)
-        return Projection("BTF,FD->BTD", shape, ("mlp", "embed"), 1, config.mlp_bias, config.dtype, name="down")(hidden)
+        return Projection(shape, ("mlp", "embed"), 1, config.mlp_bias, config.dtype, name="down")(hidden)
 
 
 class Block(nn.Module):

@@ -286,19 +286,21 @@ def _blockwise_backward(spec, residuals, d_out):
             d_q = d_q + _outer("BNTS,BNSH->BNTH", d_logits, k_j)
             if near:
                 d_products = _unskew_block(d_logits)
-                d_q = d_q + _outer("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j))
-                d_table = blocks.add_slab(d_table, i, j, _outer("BNTW,BNTH->NWH", d_products, q_i))
+                d_q = d_q + _outer("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j, axis=1))
+                d_table = blocks.add_slab(d_table, i, j, _outer("BNTW,BNTH->BNWH", d_products, q_i))
             return d_q, d_key, d_value, d_table
 
         start = (jnp.zeros(q_i.shape), *rest)
         d_q, *rest = blocks.over_keys(i, key_block, start)
         return (lax.dynamic_update_slice_in_dim(d_query, d_q * scale, i * blocks.size, 2), *rest)
 
-    zeros = (jnp.zeros(x.shape) for x in (q, k, v, blocks.table))
-    d_query, d_key, d_value, d_table = lax.fori_loop(0, blocks.number, query_block, tuple(zeros))
+    # The table's gradient keeps the batch axis until the end: summed per block, it would cost an all-reduce per block.
+    shapes = (q.shape, k.shape, v.shape, (q.shape[0], *blocks.table.shape))
+    zeros = tuple(jnp.zeros(shape) for shape in shapes)
+    d_query, d_key, d_value, d_table = lax.fori_loop(0, blocks.number, query_block, zeros)
     length = query.shape[2]
     d_query, d_key, d_value = (x[:, :, :length].astype(query.dtype) for x in (d_query, d_key, d_value))
-    return d_query, d_key, d_value, blocks.table_gradient(d_table).astype(embeddings.dtype), None
+    return d_query, d_key, d_value, blocks.table_gradient(d_table.sum(axis=0)).astype(embeddings.dtype), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -331,13 +333,13 @@ class _Blocks:
     def add(self, x, i, new):
         return lax.dynamic_update_slice_in_dim(x, self.read(x, i) + new, i * self.size, axis=2)
 
-    def slab(self, table, i, j):
+    def slab(self, table, i, j, *, axis):
         """The 2 x size rows for distances (i - j + 1) size - 1 down to (i - j - 1) size."""
-        return lax.dynamic_slice_in_dim(table, self.padded - (i - j + 1) * self.size, 2 * self.size, axis=1)
+        return lax.dynamic_slice_in_dim(table, self.padded - (i - j + 1) * self.size, 2 * self.size, axis)
 
     def add_slab(self, table, i, j, new):
         start = self.padded - (i - j + 1) * self.size
-        return lax.dynamic_update_slice_in_dim(table, self.slab(table, i, j) + new, start, axis=1)
+        return lax.dynamic_update_slice_in_dim(table, self.slab(table, i, j, axis=2) + new, start, axis=2)
 
     def table_gradient(self, d_table):
         own = d_table[:, self.padded - self.rows : self.padded]
@@ -349,7 +351,10 @@ class _Blocks:
         if not near:
             return logits
         products = jnp.einsum(
-            "BNTH,NWH->BNTW", q_i, self.slab(self.table, i, j).astype(q_i.dtype), preferred_element_type=jnp.float32
+            "BNTH,NWH->BNTW",
+            q_i,
+            self.slab(self.table, i, j, axis=1).astype(q_i.dtype),
+            preferred_element_type=jnp.float32,
         )
         query = i * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 0)
         key = j * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 1)

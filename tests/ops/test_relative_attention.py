@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxaudio.ops import dropout, relative_attention as relative
+from jaxaudio.ops import dropout
+from jaxaudio.ops import relative_attention as relative
 from jaxaudio.ops.attention import cached_attention, init_cache, update_cache
 
 B, N, H = 2, 3, 8
@@ -13,7 +14,10 @@ B, N, H = 2, 3, 8
 
 def arrays(length, max_distance, seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     return draw(B, length, N, H), draw(B, length, N, H), draw(B, length, N, H), draw(N, max_distance, H)
 
 
@@ -115,7 +119,10 @@ def test_blockwise_never_stores_the_logits():
     def temporaries(form, length):
         shapes = [jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32)] * 3
         table = jax.ShapeDtypeStruct((8, length, 64), jnp.float32)
-        loss = lambda *x: jnp.sum(relative.relative_attention(*x, form=form))
+
+        def loss(*x):
+            return jnp.sum(relative.relative_attention(*x, form=form))
+
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*shapes, table).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

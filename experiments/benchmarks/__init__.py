@@ -1,0 +1,1 @@
+"""Benchmarks that run us and a peer interleaved on the same cores."""

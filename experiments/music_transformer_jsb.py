@@ -1,0 +1,202 @@
+"""Music Transformer on the JSB chorales: every row of Table 2, and a small one that a CPU trains.
+
+Paper: Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, Table 2 (validation NLL in nats per token)
+Run:   python -m experiments.music_transformer_jsb --workdir runs/jsb --set row=relative data_dir=FOLDER
+CPU:   python -m experiments.music_transformer_jsb --workdir runs/jsb_small --set row=small data_dir=FOLDER
+Pod:   python -m experiments.music_transformer_jsb --workdir gs://... --set row=relative mesh=data:16,fsdp:16 rules=FSDP
+       batch_size=256 distributed=true     (the same command on every host)
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jaxaudio import config as config_lib
+from jaxaudio import sharding
+from jaxaudio.cli import raise_malloc_thresholds
+from jaxaudio.data.chorales import VOCAB_SIZE, encode_grid
+from jaxaudio.data.jsb_chorales import load_jsb
+from jaxaudio.data.pipelines import chorale_batches, evaluation_batches
+from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
+from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.ops.losses import cross_entropy
+from jaxaudio.train.checkpoint import Checkpointer
+from jaxaudio.train.loop import MetricsWriter, train_loop
+from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxaudio.train.state import init_state, num_parameters
+from jaxaudio.train.step import make_eval_step, make_train_step, mean_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+      row: name of the row that this config started from.
+      model, optimizer: see there.
+      data_dir: folder with Jsb16thSeparated.npz or .json; None downloads it.
+      cache_dir: where the prepared data set is kept.
+      length, batch_size: tokens a row, rows a step over all devices.
+      transpose: random transposition of training chorales, (low, high) semitones; the paper names none.
+      num_steps, log_every, evaluate_every, checkpoint_every: in steps.
+      accumulate_steps: microbatches a step.
+      ema_decay: of the parameters that are evaluated; None evaluates the raw ones.
+      seed, prng: of all keys; prng is the generator behind them.
+      mesh, rules: devices by axis, and the table that maps logical axes to them.
+      cpu_devices: on a CPU, how many devices to simulate: two share a batch over two cores.
+      distributed: True on every host of a pod.
+    """
+
+    row: str
+    model: MusicTransformerConfig
+    optimizer: OptimizerConfig
+    data_dir: str | None = None
+    cache_dir: str = "~/.cache/jaxaudio"
+    length: int = 1024
+    batch_size: int = 16
+    transpose: tuple[int, int] | None = None
+    num_steps: int = 50_000
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_every: int = 500
+    accumulate_steps: int = 1
+    ema_decay: float | None = None
+    seed: int = 0
+    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"
+    mesh: str = "data:-1"
+    rules: Literal["DATA", "FSDP", "TENSOR"] = "DATA"
+    cpu_devices: int = 1
+    distributed: bool = False
+
+
+DROPOUT = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1, "mlp_dropout_rate": 0.1, "dropout_generator": "hash"}
+BASELINE = TransformerConfig(num_layers=5, embed_dim=256, num_heads=8, mlp_dim=1024, **DROPOUT)
+RELATIVE = TransformerConfig(
+    num_layers=5, embed_dim=512, num_heads=8, mlp_dim=512, positions="relative", max_distance=256, **DROPOUT
+)
+SMALL = dataclasses.replace(RELATIVE, num_layers=4, embed_dim=256, mlp_dim=1024)
+
+
+def paper_row(name: str, transformer: TransformerConfig, **model) -> Config:
+    """A row of Table 2 with tensor2tensor's training defaults: Adam, noam with constant 1 (learning rate "0.1")."""
+    optimizer = OptimizerConfig(
+        schedule="noam",
+        learning_rate=1.0,
+        warmup_steps=8000,
+        hidden_dim=transformer.embed_dim,
+        b2=0.997,
+        epsilon=1e-9,
+    )
+    return Config(row=name, model=MusicTransformerConfig(VOCAB_SIZE, transformer, **model), optimizer=optimizer)
+
+
+CPSI = {"position_encoding": "concatenated", "num_voices": 4}
+ROWS = {
+    config.row: config
+    for config in (
+        paper_row("baseline", BASELINE),
+        paper_row("cps", BASELINE, position_encoding="concatenated"),
+        paper_row("cpsi", BASELINE, **CPSI),
+        paper_row("relative", RELATIVE),
+        paper_row("relative_cpsi", RELATIVE, **CPSI),
+        paper_row("relative_cpsi_pitch_time", dataclasses.replace(RELATIVE, pitch_time=True), **CPSI),
+        Config(
+            row="small",
+            model=MusicTransformerConfig(VOCAB_SIZE, SMALL, **CPSI),
+            optimizer=OptimizerConfig(
+                name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=200, num_steps=3000, weight_decay=0.01
+            ),
+            length=512,
+            batch_size=8,
+            transpose=(-5, 6),
+            num_steps=3000,
+            evaluate_every=250,
+            checkpoint_every=250,
+            ema_decay=0.99,
+            cpu_devices=2,
+        ),
+    )
+}
+
+
+def main(config: Config, workdir: pathlib.Path) -> dict[str, float]:
+    """Trains, evaluates and returns {"validation": ..., "test": ...} in nats per token."""
+    mesh, rules = sharding.make_mesh(config.mesh), sharding.TABLES[config.rules]
+    run_key = jax.random.key(config.seed, impl=config.prng)
+    init_key, dropout_key = jax.random.split(run_key)
+
+    grids = load_jsb(config.data_dir, pathlib.Path(config.cache_dir).expanduser())
+    tokens = {split: [encode_grid(grid) for grid in pieces] for split, pieces in grids.items()}
+    shard, num_shards = sharding.process_shard(mesh, rules)
+    rows = {"process_index": shard, "process_count": num_shards, "batch_size": config.batch_size // num_shards}
+    batches = chorale_batches(
+        tokens["train"], length=config.length, seed=config.seed, transpose=config.transpose, **rows
+    )
+
+    model = MusicTransformer(config.model)
+
+    def loss_fn(params, batch, key):
+        deterministic = key is None
+        rngs = None if deterministic else {"dropout": key}
+        logits, _ = model.apply({"params": params}, batch["inputs"], deterministic=deterministic, rngs=rngs)
+        nats, weight = cross_entropy(logits, batch["targets"], batch["mask"])
+        return nats, {"weight": weight}
+
+    def init_params(key):
+        return model.init(key, np.zeros((1, config.length), np.int32))["params"]
+
+    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
+    ema = config.ema_decay is not None
+    state, shardings = init_state(init_params, optimizer, init_key, mesh, rules, ema=ema)
+    batch_sharding = sharding.batch_sharding(mesh, rules)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        shardings=shardings,
+        batch_sharding=batch_sharding,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        schedule=schedule,
+    )
+    eval_step = make_eval_step(loss_fn, shardings=shardings, batch_sharding=batch_sharding)
+
+    def evaluate(state, split):
+        batches = evaluation_batches(tokens[split], length=config.length, **rows)
+        put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
+        return mean_metrics(eval_step(state.eval_params, put(batch)) for batch in batches)
+
+    print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
+    checkpoints = Checkpointer(workdir / "checkpoints", config=config_lib.to_dict(config))
+    with sharding.use(mesh, rules), checkpoints, MetricsWriter(workdir, checkpoints.latest_step or 0) as writer:
+        (workdir / "config.json").write_text(config_lib.to_json(config))
+        state = train_loop(
+            state,
+            train_step,
+            batches,
+            dropout_key,
+            num_steps=config.num_steps,
+            workdir=workdir,
+            checkpointer=checkpoints,
+            writer=writer,
+            batch_sharding=batch_sharding,
+            evaluate=functools.partial(evaluate, split="valid"),
+            log_every=config.log_every,
+            evaluate_every=config.evaluate_every,
+            checkpoint_every=config.checkpoint_every,
+        )
+        result = {split: evaluate(state, split)["loss"] for split in ("valid", "test")}
+    print(f"{config.row}: {result}")
+    return result
+
+
+if __name__ == "__main__":
+    config, workdir = config_lib.parse_command_line(__doc__, ROWS)
+    raise_malloc_thresholds()
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if config.distributed:
+        jax.distributed.initialize()
+    main(config, workdir)
