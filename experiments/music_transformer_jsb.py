@@ -1,6 +1,7 @@
 """Music Transformer on the JSB chorales: every row of Table 2, and a small one that a CPU trains.
 
-Paper: Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, Table 2 (validation NLL in nats per token)
+Paper: Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, Table 2 (validation
+       NLL in nats per token)
 Run:   python -m experiments.music_transformer_jsb --workdir runs/jsb --set row=relative data_dir=FOLDER
 CPU:   python -m experiments.music_transformer_jsb --workdir runs/jsb_small --set row=small data_dir=FOLDER
 Pod:   python -m experiments.music_transformer_jsb --workdir gs://... --set row=relative mesh=data:16,fsdp:16 rules=FSDP
@@ -196,7 +197,7 @@ def main(config: Config, workdir: pathlib.Path) -> dict[str, float]:
 if __name__ == "__main__":
     config, workdir = config_lib.parse_command_line(__doc__, ROWS)
     raise_malloc_thresholds()
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    sharding.split_cpu(config.cpu_devices)
     if config.distributed:
         jax.distributed.initialize()
     main(config, workdir)

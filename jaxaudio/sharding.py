@@ -59,6 +59,17 @@ class ShardingError(ValueError):
     """A mesh that does not fit its devices, or an array that does not fit its mesh; the message names the array."""
 
 
+def split_cpu(num_devices: int) -> None:
+    """Presents this machine's CPU as several devices; call it before the first JAX operation. No other backend changes.
+
+    XLA runs small operations on one core, so two devices that share a batch keep two cores busy where one device
+    cannot: a training step of a small Transformer takes about half the time.
+    """
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    # With programs in flight behind each other, collectives of simulated devices wait for threads that wait for them.
+    jax.config.update("jax_cpu_enable_async_dispatch", num_devices == 1)
+
+
 def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh with axes ("data", "fsdp", "model") that `spec` describes, over all devices of all processes.
 
