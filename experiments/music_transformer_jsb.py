@@ -74,12 +74,13 @@ class Config:
     distributed: bool = False
 
 
+PLACEMENT = ("data_dir", "cache_dir", "mesh", "rules", "cpu_devices", "distributed")
 DROPOUT = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1, "mlp_dropout_rate": 0.1, "dropout_generator": "hash"}
 BASELINE = TransformerConfig(num_layers=5, embed_dim=256, num_heads=8, mlp_dim=1024, **DROPOUT)
 RELATIVE = TransformerConfig(
     num_layers=5, embed_dim=512, num_heads=8, mlp_dim=512, positions="relative", max_distance=256, **DROPOUT
 )
-SMALL = dataclasses.replace(RELATIVE, num_layers=4, embed_dim=256, mlp_dim=1024)
+SMALL = dataclasses.replace(RELATIVE, num_layers=4, embed_dim=256, num_heads=4, mlp_dim=1024)
 
 
 def paper_row(name: str, transformer: TransformerConfig, **model) -> Config:
@@ -95,7 +96,7 @@ def paper_row(name: str, transformer: TransformerConfig, **model) -> Config:
     return Config(row=name, model=MusicTransformerConfig(VOCAB_SIZE, transformer, **model), optimizer=optimizer)
 
 
-CPSI = {"position_encoding": "concatenated", "num_voices": 4}
+CPSI = {"position_encoding": "concatenated", "label_period": 4}
 ROWS = {
     config.row: config
     for config in (
@@ -107,15 +108,21 @@ ROWS = {
         paper_row("relative_cpsi_pitch_time", dataclasses.replace(RELATIVE, pitch_time=True), **CPSI),
         Config(
             row="small",
-            model=MusicTransformerConfig(VOCAB_SIZE, SMALL, **CPSI),
+            model=MusicTransformerConfig(VOCAB_SIZE, SMALL, position_encoding="concatenated", label_period=16),
             optimizer=OptimizerConfig(
-                name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=200, num_steps=3000, weight_decay=0.01
+                name="adamw",
+                learning_rate=2e-3,
+                schedule="cosine",
+                warmup_steps=100,
+                num_steps=4000,
+                weight_decay=0.01,
+                clip_norm=1.0,
             ),
             length=512,
-            batch_size=8,
+            batch_size=4,
             transpose=(-5, 6),
-            num_steps=3000,
-            evaluate_every=250,
+            num_steps=4000,
+            evaluate_every=500,
             checkpoint_every=250,
             ema_decay=0.99,
             cpu_devices=2,
@@ -126,6 +133,7 @@ ROWS = {
 
 def main(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     """Trains, evaluates and returns {"validation": ..., "test": ...} in nats per token."""
+    config_lib.claim_workdir(config, workdir, may_change=PLACEMENT)
     mesh, rules = sharding.make_mesh(config.mesh), sharding.TABLES[config.rules]
     run_key = jax.random.key(config.seed, impl=config.prng)
     init_key, dropout_key = jax.random.split(run_key)
@@ -173,7 +181,6 @@ def main(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
     checkpoints = Checkpointer(workdir / "checkpoints", config=config_lib.to_dict(config))
     with sharding.use(mesh, rules), checkpoints, MetricsWriter(workdir, checkpoints.latest_step or 0) as writer:
-        (workdir / "config.json").write_text(config_lib.to_json(config))
         state = train_loop(
             state,
             train_step,

@@ -84,6 +84,43 @@ def from_json(cls: type[Config], text: str) -> Config:
     return from_dict(cls, mapping)
 
 
+def claim_workdir(config: Any, workdir: pathlib.Path, *, may_change: Sequence[str] = ()) -> None:
+    """Makes the run's folder and writes its config.json; a folder that another config already claimed is an error.
+
+    Args:
+      config: the resolved config.
+      workdir: the run's folder, new or of an earlier start of the same run.
+      may_change: top-level fields that a resumed run may have otherwise, such as its mesh.
+    Raises:
+      ConfigError: config.json there differs; the message lists both values of each field that does.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        before, now = (_leaves(mapping) for mapping in (json.loads(path.read_text()), to_dict(config)))
+        changed = [
+            f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
+            for name in sorted({*before, *now})
+            if name.split(".")[0] not in may_change and before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with another config; name another --workdir, or give it the same config:\n  "
+                + "\n  ".join(changed)
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("config.json.tmp")
+    temporary.write_text(to_json(config))
+    temporary.replace(path)
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested {"a": {"b": 1}} as {"a.b": 1}."""
+    leaves = {}
+    for name, value in mapping.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
 def parse_command_line(
     description: str, configs: Mapping[str, Config] | Config, argv: Sequence[str] | None = None
 ) -> tuple[Config, pathlib.Path]:

@@ -232,3 +232,21 @@ def test_help_lists_fields_rows_and_defaults(capsys):
 def test_config_does_not_import_jax():
     code = "import sys, jaxaudio.config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_belongs_to_one_config(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Model:
+        width: int = 4
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        model: Model = Model()
+        mesh: str = "data:1"
+
+    folder = tmp_path / "run"
+    configs.claim_workdir(Run(), folder)
+    configs.claim_workdir(Run(mesh="data:8"), folder, may_change=("mesh",))
+    assert configs.from_json(Run, (folder / "config.json").read_text()) == Run(mesh="data:8")
+    with pytest.raises(ConfigError, match=r"model\.width: 4 there, 5 now"):
+        configs.claim_workdir(Run(Model(5), "data:8"), folder)

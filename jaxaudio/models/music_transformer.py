@@ -30,20 +30,20 @@ class MusicTransformerConfig:
       transformer: the stack; `positions="relative"` is the Relative Transformer.
       position_encoding: sinusoids "added" to the embeddings, or "concatenated" and projected to embed_dim (rows "cps"
         of Table 2).
-      num_voices: voices in raster order; with "concatenated", 4 also concatenates the voice of the token to predict
-        ("cpsi"); 0 does not.
+      label_period: with "concatenated", also concatenates each position modulo this, one-hot: 4 is the voice of a chorale
+        in raster order (the "instrument labels" of "cpsi"), 16 the voice and the 16th within its beat; 0 does not.
       first_pitch_id: the first id that is a pitch, for `transformer.pitch_time`; ids below are rest and start.
     """
 
     vocab_size: int
     transformer: TransformerConfig
     position_encoding: Literal["added", "concatenated"] = "added"
-    num_voices: int = 0
+    label_period: int = 0
     first_pitch_id: int = 2
 
     def __post_init__(self):
-        if self.num_voices and self.position_encoding != "concatenated":
-            raise ValueError(f"num_voices={self.num_voices} needs position_encoding='concatenated'")
+        if self.label_period and self.position_encoding != "concatenated":
+            raise ValueError(f"label_period={self.label_period} needs position_encoding='concatenated'")
 
 
 class MusicCache(NamedTuple):
@@ -104,15 +104,15 @@ class MusicTransformer(nn.Module):
         return logits.astype(jnp.float32), None if cache is None else MusicCache(layers, tokens)
 
     def _with_positions(self, x, where):
-        """Adds or concatenates sinusoids of the positions `where` (T,), and the voice of each predicted token."""
+        """Adds or concatenates sinusoids of the positions `where` (T,), and their labels."""
         config, dim = self.config, self.config.transformer.embed_dim
         waves = sinusoids(where, dim)[None].astype(x.dtype)
         if config.position_encoding == "added":
             return x + waves
         parts = [x, jnp.broadcast_to(waves, x.shape)]
-        if config.num_voices:
-            voice = nn.one_hot(where % config.num_voices, config.num_voices, dtype=x.dtype)[None]
-            parts.append(jnp.broadcast_to(voice, (*x.shape[:2], config.num_voices)))
+        if config.label_period:
+            label = nn.one_hot(where % config.label_period, config.label_period, dtype=x.dtype)[None]
+            parts.append(jnp.broadcast_to(label, (*x.shape[:2], config.label_period)))
         x = jnp.concatenate(parts, axis=-1)
         return Projection((x.shape[-1], dim), (None, "embed"), dtype=x.dtype, name="concatenated")(x)
 

@@ -18,10 +18,10 @@ RELATIVE = dataclasses.replace(BASE, positions="relative", max_distance=9, block
 ROWS = {
     "baseline": MusicTransformerConfig(48, BASE),
     "cps": MusicTransformerConfig(48, BASE, "concatenated"),
-    "cpsi": MusicTransformerConfig(48, BASE, "concatenated", num_voices=4),
+    "cpsi": MusicTransformerConfig(48, BASE, "concatenated", label_period=4),
     "relative": MusicTransformerConfig(48, RELATIVE),
     "pitch_time": MusicTransformerConfig(
-        48, dataclasses.replace(RELATIVE, pitch_time=True), "concatenated", num_voices=4
+        48, dataclasses.replace(RELATIVE, pitch_time=True), "concatenated", label_period=4
     ),
     "local": MusicTransformerConfig(48, dataclasses.replace(RELATIVE, attention="local")),
 }
@@ -95,5 +95,5 @@ def test_stacked_parameters_cannot_decode():
 
 
 def test_voices_without_concatenation_are_an_error():
-    with pytest.raises(ValueError, match="num_voices=4"):
-        MusicTransformerConfig(48, BASE, num_voices=4)
+    with pytest.raises(ValueError, match="label_period=4"):
+        MusicTransformerConfig(48, BASE, label_period=4)
