@@ -80,7 +80,7 @@ BASELINE = TransformerConfig(num_layers=5, embed_dim=256, num_heads=8, mlp_dim=1
 RELATIVE = TransformerConfig(
     num_layers=5, embed_dim=512, num_heads=8, mlp_dim=512, positions="relative", max_distance=256, **DROPOUT
 )
-SMALL = dataclasses.replace(RELATIVE, num_layers=4, embed_dim=256, num_heads=4, mlp_dim=1024)
+SMALL = dataclasses.replace(RELATIVE, num_layers=3, embed_dim=192, num_heads=4, mlp_dim=768)
 
 
 def paper_row(name: str, transformer: TransformerConfig, **model) -> Config:
@@ -114,14 +114,14 @@ ROWS = {
                 learning_rate=2e-3,
                 schedule="cosine",
                 warmup_steps=100,
-                num_steps=4000,
+                num_steps=6000,
                 weight_decay=0.01,
                 clip_norm=1.0,
             ),
             length=512,
-            batch_size=4,
+            batch_size=2,
             transpose=(-5, 6),
-            num_steps=4000,
+            num_steps=6000,
             evaluate_every=500,
             checkpoint_every=250,
             ema_decay=0.99,
