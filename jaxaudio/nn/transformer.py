@@ -104,8 +104,11 @@ class TransformerConfig:
         if self.remat_policy is not None and not hasattr(jax.checkpoint_policies, self.remat_policy):
             names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
             raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {names}")
-        if self.pitch_time and self.positions != "relative":
-            raise ValueError(f"pitch_time needs positions='relative', got {self.positions!r}")
+        if self.pitch_time and (self.positions, self.attention) != ("relative", "causal"):
+            raise ValueError(
+                "pitch_time needs positions='relative' and attention='causal', got "
+                f"positions={self.positions!r}, attention={self.attention!r}"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.positions == "relative" and self.attention == "full":
@@ -220,7 +223,8 @@ class Attention(nn.Module):
             bias = bias + self._pitch_time_logits(query, query_pitch, query_step, pitches, key_step)
         window_start = None
         if config.attention == "local":
-            window_start = jnp.maximum(position // config.block_size - 1, 0) * config.block_size
+            block = (position + jnp.arange(length)) // config.block_size
+            window_start = jnp.maximum(block - 1, 0) * config.block_size
         scale = config.attention_scale
         return cached_attention(query, cache, position, bias=bias, window_start=window_start, scale=scale)
 
@@ -390,8 +394,20 @@ class Transformer(nn.Module):
           deterministic: no dropout.
         Returns:
           ((B, T, D), updated caches or None).
+        Raises:
+          ValueError: `memory` and the config's cross_attention do not go together; or a cache comes with what decoding
+            does not have: a mask, dropout, full attention, or stacked parameters.
         """
         config = self.config
+        if config.cross_attention != (memory is not None):
+            shape = None if memory is None else memory.shape
+            raise ValueError(f"cross_attention={config.cross_attention} does not go with memory of shape {shape}")
+        if cache is not None and (mask is not None or not deterministic or config.attention == "full"):
+            shape = None if mask is None else mask.shape
+            raise ValueError(
+                "decoding with a cache is causal, without mask and dropout, got "
+                f"attention={config.attention!r}, mask of shape {shape}, {deterministic=}"
+            )
         bias = self._t5_bias(x.shape[1], cache, position) if config.positions == "t5" else None
         shared = (memory, mask, memory_mask, bias)
         num_first = int(config.pitch_time)

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxaudio.ops import dropout as dropout_ops
@@ -169,7 +170,7 @@ class KVCache(NamedTuple):
 
 
 def init_cache(
-    batch_size: int, length: int, num_kv_heads: int, head_dim: int, value_head_dim: int, dtype: jnp.dtype = jnp.float32
+    batch_size: int, length: int, num_kv_heads: int, head_dim: int, value_head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> KVCache:
     """An empty cache for `length` positions."""
     merged = jax.default_backend() == "cpu"
@@ -195,7 +196,7 @@ def cached_attention(
     position: Int[Array, ""],
     *,
     bias: Float[Array, "#B #N T S"] | None = None,
-    window_start: Int[Array, ""] | None = None,
+    window_start: Int[Array, " T"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Causal attention of T new positions, the first at `position`, to a cache that already holds them.
@@ -205,7 +206,7 @@ def cached_attention(
       cache: from `update_cache`, of S positions; those after `position` + T - 1 are not looked at.
       position: index of the first query.
       bias: added to the scaled logits.
-      window_start: first key that may be seen (local attention).
+      window_start: first key that each query may see (local attention).
       scale: H ** -0.5 if None.
     """
     batch, length, num_heads, head_dim = query.shape
@@ -221,7 +222,7 @@ def cached_attention(
     key_index = lax.broadcasted_iota(jnp.int32, (length, size), 1)
     seen = key_index <= position + lax.broadcasted_iota(jnp.int32, (length, size), 0)
     if window_start is not None:
-        seen &= key_index >= window_start
+        seen &= key_index >= window_start[:, None]
     weights = masked_softmax(logits.reshape(batch, num_heads, length, size), seen[None, None], bias)
     weights = weights.astype(values.dtype).reshape(batch * num_kv_heads, groups * length, size)
     out = jnp.einsum("nqs,nsh->nqh", weights, values)
