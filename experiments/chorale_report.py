@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxaudio import config as config_lib
+from jaxaudio.convert.export import export_checkpoint, load, to_tree
 from jaxaudio.data.chorales import (
     DEFAULT_TEMPO,
     NUM_VOICES,
@@ -21,10 +24,12 @@ from jaxaudio.data.chorales import (
     write_chorale_midi,
 )
 from jaxaudio.data.midi import Note
+from jaxaudio.data.ngrams import ladder
 from jaxaudio.data.pipelines import token_window
 from jaxaudio.data.synthesis import synthesize, write_wav
 from jaxaudio.generate.autoregressive import generate
 from jaxaudio.models.music_transformer import MusicTransformer, init_cache
+from jaxaudio.ops.sampling import make_sampling
 from jaxaudio.report import page, plots
 from jaxaudio.report.card import Card
 
@@ -60,8 +65,6 @@ def write_music(
       primes: name -> tokens to continue.
       num_tokens: of each piece, its prime included; a multiple of 4.
     """
-    from jaxaudio.ops.sampling import make_sampling
-
     names = [f"chorale_{number + 1}" for number in range(num_new)]
     names += [f"continuation_of_{name}" for name in primes]
     prompts = [np.zeros(0, np.int32)] * num_new + list(primes.values())
@@ -93,14 +96,14 @@ def attention_figure(model: MusicTransformer, params: Any, piece: Piece, query: 
     # Only the forms that store the weights can show them; they compute the same function as the blockwise one.
     transformer = dataclasses.replace(model.config.transformer, relative_form="skew")
     dense = MusicTransformer(dataclasses.replace(model.config, transformer=transformer))
-    inputs = token_window(piece.tokens, len(piece.tokens))["inputs"][None]
+    inputs = jnp.asarray(token_window(piece.tokens, len(piece.tokens))["inputs"])[None]
     _, seen = jax.jit(lambda params: dense.apply({"params": params}, inputs, mutable=["attention_weights"]))(params)
     weights = jax.tree.leaves(seen["attention_weights"]["transformer"]["layers"])[0]  # L B N T S
     weights = np.asarray(weights[-1, 0, : len(plots.COLOURS), query, : query + 1])
 
     def place(index: int) -> tuple[float, float] | None:
         token = int(piece.tokens[index]) if index >= 0 else PAD_TOKEN
-        return None if token <= REST_TOKEN else ((index // NUM_VOICES + 0.5) * STEP_S, token + PITCH_OFFSET)
+        return None if token <= REST_TOKEN else ((index // NUM_VOICES + 0.5) * STEP_S, float(token + PITCH_OFFSET))
 
     figure = plots.attention_over_piano_roll(
         [note for note in piece.notes if note.start_s <= query // NUM_VOICES * STEP_S],
@@ -114,6 +117,72 @@ def attention_figure(model: MusicTransformer, params: Any, piece: Piece, query: 
         alt=f"Piano roll with lines from one predicted note back to the notes that {len(weights)} heads attend to.",
         caption="One line per attended note: colour is the head, width the weight (as in Figs. 8 and 9 of the paper).",
     )
+
+
+def finish(
+    workdir: pathlib.Path,
+    model: MusicTransformer,
+    key: jax.Array,
+    *,
+    config: Any,
+    ema: bool,
+    tokens: Mapping[str, Sequence[np.ndarray]],
+    split: str,
+    primes: Mapping[str, np.ndarray],
+    nats: float,
+    about: str,
+    card: Card,
+) -> None:
+    """After training: exports the parameters, fits the n-grams, writes 4 chorales and the continuations, and the page.
+
+    Args:
+      workdir: the run's folder, with a checkpoint.
+      model: whose parameters the checkpoint has.
+      key: of all samples.
+      config: of the run; its prime_tokens, sample_tokens and temperature are used here.
+      ema: whether the average of the parameters was evaluated, and is exported and sampled from.
+      tokens: chorales by split; the n-grams are fitted on "train".
+      split: of the evaluation.
+      primes: name -> a held-out chorale; its first prime_tokens are continued.
+      nats: our result on `split`, nats per token.
+      about: what the page says about the data.
+      card: with the result in it.
+    """
+    parameters = workdir / "parameters.safetensors"
+    export_checkpoint(workdir / "checkpoints", parameters, ema=ema)
+    params = to_tree(load(parameters))
+    rungs = {rung.name: rung.nats_per_token for rung in ladder(tokens["train"], tokens[split])}
+    best = min(rungs, key=rungs.get)
+    headline = (
+        f"{nats:.3f} nats per token on {len(tokens[split])} held-out chorales: "
+        f"{'beats' if nats < rungs[best] else 'does NOT beat'} the best n-gram, {rungs[best]:.3f} ({best})."
+    )
+    pieces = write_music(
+        model,
+        params,
+        key,
+        workdir / "samples",
+        primes={name: sequence[: config.prime_tokens] for name, sequence in primes.items()},
+        num_new=4,
+        num_tokens=config.sample_tokens,
+        temperature=config.temperature,
+    )
+    attention = []
+    if model.config.transformer.positions == "relative":
+        attention = [attention_figure(model, params, pieces[-1], (config.prime_tokens + config.sample_tokens) // 2)]
+    path = write_page(
+        workdir,
+        title=card.system,
+        headline=headline,
+        about=about,
+        card=card,
+        config=config_lib.to_json(config),
+        ladder=rungs,
+        ours={"Music Transformer (this run)": nats},
+        pieces=pieces,
+        attention=attention,
+    )
+    print(f"{headline}\nwrote {workdir}/samples, {parameters} and {path}: open it in a browser")
 
 
 def write_page(
@@ -153,7 +222,7 @@ def write_page(
             page.Section("Training", (page.Figure(curves, alt="Training and held-out loss over steps."),)),
             page.Section("Continuations of held-out chorales", _music(continued)),
             page.Section("New chorales", _music(new)),
-            page.Section("Attention", tuple(attention)),
+            *([page.Section("Attention", tuple(attention))] if attention else []),
             page.Section("Card", (card,)),
             page.Section("Config", (page.Code("The resolved config of this run", config),)),
         ],

@@ -14,16 +14,14 @@ import time
 from typing import Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from experiments import chorale_report
 from jaxaudio import config as config_lib
 from jaxaudio import sharding
 from jaxaudio.cli import raise_malloc_thresholds
-from jaxaudio.convert.export import export_checkpoint
 from jaxaudio.data.chorales import VOCAB_SIZE, encode_grid
 from jaxaudio.data.music21_chorales import load_music21
-from jaxaudio.data.ngrams import ladder
 from jaxaudio.data.pipelines import chorale_batches, evaluation_batches
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
 from jaxaudio.nn.transformer import TransformerConfig
@@ -35,22 +33,24 @@ from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_sched
 from jaxaudio.train.state import init_state, num_parameters
 from jaxaudio.train.step import make_eval_step, make_train_step, mean_metrics
 
-CARD = Card(
-    system="Music Transformer, quickstart",
-    paper="Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, section 4.1 (other data: no row)",
-    metric="NLL on held-out music21 chorales, nats per token (not the JSB split)",
-    reported=None,
-    reached=None,
-    status="trained by the command itself",
-    steps=0,
-    hardware="",
-    command="python -m experiments.quickstart --workdir runs/quickstart",
-    deviations=(
-        "The chorales of the music21 package with a split of our own, by chorale.",
-        "3 layers of width 128 instead of 5 of 512, to fit ten minutes on two cores.",
-        "Sinusoids are concatenated, with labels of the voice and of the 16th within the beat.",
-        "Training chorales are transposed at random; AdamW with a cosine schedule; the average of parameters is "
-        "evaluated.",
+CARDS = (
+    Card(
+        system="Music Transformer, quickstart",
+        paper="Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, section 4.1; no row",
+        metric="NLL on held-out music21 chorales, nats per token (not the JSB split)",
+        reported=None,
+        reached=None,
+        status="trained by the command itself",
+        steps=0,
+        hardware="",
+        command="python -m experiments.quickstart --workdir runs/quickstart",
+        deviations=(
+            "The chorales of the music21 package with a split of our own, by chorale.",
+            "3 layers of width 128 instead of 5 of 512, to fit ten minutes on two cores.",
+            "Sinusoids are concatenated, with labels of the voice and of the 16th within the beat.",
+            "Training chorales are transposed at random; AdamW with a cosine schedule; the average of parameters is "
+            "evaluated.",
+        ),
     ),
 )
 
@@ -129,7 +129,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         return nats, {"weight": weight}
 
     def init_params(key):
-        return model.init(key, np.zeros((1, config.length), np.int32))["params"]
+        return model.init(key, jnp.zeros((1, config.length), jnp.int32))["params"]
 
     optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
     state, shardings = init_state(init_params, optimizer, init_key, mesh, rules, ema=True)
@@ -170,58 +170,32 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
         )
-        test_nats = evaluate(state, "test")["loss"]
-    params = jax.device_get(state.eval_params)
-    finish(config, workdir, model, params, sample_key, tokens, test_nats, chorales, started)
-
-
-def finish(config, workdir, model, params, key, tokens, test_nats, chorales, started) -> None:
-    """Everything after training: ladder, music, export and page."""
-    rungs = {rung.name: rung.nats_per_token for rung in ladder(tokens["train"], tokens["test"])}
-    best = min(rungs, key=rungs.get)
-    verdict = "beats" if test_nats < rungs[best] else "does NOT beat"
-    headline = (
-        f"{test_nats:.3f} nats per token on {len(tokens['test'])} held-out chorales: {verdict} the best n-gram, "
-        f"{rungs[best]:.3f} ({best})."
-    )
-    primes = {
-        pathlib.Path(name).stem: sequence[: config.prime_tokens]
-        for name, sequence in list(zip(chorales.names["test"], tokens["test"], strict=True))[:2]
-    }
-    pieces = chorale_report.write_music(
-        model,
-        params,
-        key,
-        workdir / "samples",
-        primes=primes,
-        num_new=4,
-        num_tokens=config.sample_tokens,
-        temperature=config.temperature,
-    )
-    export_checkpoint(workdir / "checkpoints", workdir / "parameters.safetensors", ema=True)
+        nats = evaluate(state, "test")["loss"]
     seconds = time.perf_counter() - started
-    device = jax.devices()[0]
-    card = dataclasses.replace(
-        CARD,
-        reached=test_nats,
-        steps=config.num_steps,
-        hardware=f"{len(jax.devices())} x {device.device_kind}, {seconds / 60:.1f} minutes in this start of the command",
-    )
-    path = chorale_report.write_page(
+    chorale_report.finish(
         workdir,
-        title="Music Transformer on Bach chorales",
-        headline=headline,
-        about=f"music21 {chorales.music21_version}: {chorales.description}. {len(tokens['train'])} chorales trained, "
-        f"{len(tokens['valid'])} are the held-out curve below, {len(tokens['test'])} are evaluated here. The n-grams see the "
-        f"same training chorales and the whole piece so far; the model sees at most {config.length} tokens.",
-        card=card,
-        config=config_lib.to_json(config),
-        ladder=rungs,
-        ours={"Music Transformer (this run)": test_nats},
-        pieces=pieces,
-        attention=[chorale_report.attention_figure(model, params, pieces[-1], config.prime_tokens + 64)],
+        model,
+        sample_key,
+        config=config,
+        ema=True,
+        tokens=tokens,
+        split="test",
+        primes=dict(
+            zip((pathlib.Path(name).stem for name in chorales.names["test"][:2]), tokens["test"], strict=False)
+        ),
+        nats=nats,
+        about=f"music21 {chorales.music21_version}: {chorales.description}. {len(tokens['train'])} chorales trained "
+        f"the model, {len(tokens['valid'])} are the held-out curve below, {len(tokens['test'])} are evaluated here. "
+        "The n-grams are fitted on the same training chorales and see the whole piece so far; the model sees at most "
+        f"{config.length} tokens.",
+        card=dataclasses.replace(
+            CARDS[0],
+            reached=nats,
+            status="trained by this run",
+            steps=config.num_steps,
+            hardware=f"{mesh.size} x {jax.devices()[0].device_kind}, {seconds / 60:.1f} minutes in the last start",
+        ),
     )
-    print(f"{headline}\nwrote {workdir}/samples, {workdir}/parameters.safetensors and {path}: open it in a browser")
 
 
 if __name__ == "__main__":

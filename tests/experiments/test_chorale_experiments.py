@@ -1,0 +1,156 @@
+"""The experiments on chorales, small: every row trains, a killed run ends like an uninterrupted one, a page appears."""
+
+import html.parser
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from experiments import __main__ as cards
+from experiments import chorale_report, music_transformer_jsb, quickstart
+from jaxaudio import config as configs
+from jaxaudio.convert.export import inspect_checkpoint, load, to_tree
+from jaxaudio.data.midi import read_midi
+from jaxaudio.models.music_transformer import MusicTransformer
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    "model.transformer.num_layers=2",
+    "model.transformer.embed_dim=16",
+    "model.transformer.num_heads=2",
+    "model.transformer.mlp_dim=16",
+    "length=32",
+    "batch_size=8",
+    "num_steps=2",
+    "log_every=1",
+    "prime_tokens=16",
+    "sample_tokens=48",
+]
+
+
+def chorales(number: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Random walks in four voices that move every other step."""
+    rng = np.random.default_rng(seed)
+    grids = []
+    for _ in range(number):
+        walk = np.cumsum(rng.integers(-2, 3, (10, 4)), axis=0) + np.array([70, 65, 58, 48])
+        grids.append(np.repeat(np.clip(walk, 36, 81), 2, axis=0).astype(np.int32))
+    return tuple(grids)
+
+
+@pytest.fixture
+def jsb(monkeypatch):
+    splits = {"train": chorales(16, 0), "valid": chorales(4, 1), "test": chorales(3, 2)}
+    monkeypatch.setattr(music_transformer_jsb, "load_jsb", lambda *_: splits)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.parametrize("row", music_transformer_jsb.ROWS)
+def test_every_row_trains_two_steps(row, jsb, monkeypatch, tmp_path):
+    results = []
+    monkeypatch.setattr(chorale_report, "finish", lambda *_, nats, card, **__: results.append((nats, card)))
+    warmup = [] if music_transformer_jsb.ROWS[row].optimizer.hidden_dim is None else ["optimizer.hidden_dim=16"]
+    config = configs.override(music_transformer_jsb.ROWS[row], [*TINY, *warmup])
+    music_transformer_jsb.main(config, tmp_path)
+    [(nats, card)] = results
+    assert row in card.system
+    # Untrained, the loss is near that of guessing among 48 ids.
+    assert all(abs(loss - np.log(48)) < 1.5 for loss in [nats, *losses(tmp_path)])
+    assert len(losses(tmp_path)) == 2
+
+
+def test_a_finished_run_has_music_parameters_and_a_page(jsb, tmp_path, capsys):
+    config = configs.override(music_transformer_jsb.ROWS["relative"], [*TINY, "optimizer.hidden_dim=16"])
+    music_transformer_jsb.main(config, tmp_path)
+    midi = sorted((tmp_path / "samples").glob("*.mid"))
+    assert len(midi) == len(list((tmp_path / "samples").glob("*.wav"))) == 6
+    assert all(read_midi(path) for path in midi)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<audio") == 6
+    assert text.count("<svg") == 9  # ladder, losses, six rolls, attention
+    assert not re.search(r'(?:src|href)="https?:', text)
+    html.parser.HTMLParser().feed(text)
+
+    # The checkpoint's own config rebuilds the model, and the exported parameters are the checkpoint's.
+    summary = inspect_checkpoint(tmp_path)
+    rebuilt = configs.from_dict(music_transformer_jsb.Config, summary.config)
+    assert rebuilt == config == configs.from_json(music_transformer_jsb.Config, (tmp_path / "config.json").read_text())
+    params = to_tree(load(tmp_path / "parameters.safetensors"))
+    abstract = jax.eval_shape(
+        lambda: MusicTransformer(rebuilt.model).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    )
+    shapes = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(abstract))
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+
+    capsys.readouterr()
+    music_transformer_jsb.main(config, tmp_path)
+    assert "complete" in capsys.readouterr().out
+
+
+SCRIPT = """
+import pathlib, sys
+from jaxaudio import sharding
+sharding.split_cpu(2)
+from experiments import chorale_report, music_transformer_jsb
+from jaxaudio import config
+from tests.experiments.test_chorale_experiments import TINY, chorales
+music_transformer_jsb.load_jsb = lambda *_: {"train": chorales(16, 0), "valid": chorales(4, 1), "test": chorales(3, 2)}
+chorale_report.finish = lambda *_, **__: None
+overrides = [text for text in TINY if "num_steps" not in text and "batch_size" not in text]
+overrides += ["num_steps=40", "batch_size=2", "checkpoint_every=7", "evaluate_every=20", "optimizer.num_steps=101"]
+config = config.override(music_transformer_jsb.ROWS["small"], overrides)
+music_transformer_jsb.main(config, pathlib.Path(sys.argv[1]))
+"""
+
+
+def start(workdir):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    log = (workdir.parent / f"{workdir.name}.log").open("a")
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(workdir)], cwd=ROOT, env=environment, stderr=log)
+
+
+def test_a_killed_run_ends_with_the_metrics_of_an_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait(timeout=300) == 0
+    process, stop_at = start(killed), random.randrange(2, 38)
+    metrics = killed / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or f'"step": {stop_at},' not in metrics.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert start(killed).wait(timeout=300) == 0
+    assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_cards_name_their_rows_and_values_have_evidence():
+    table = cards.all_cards()
+    rows = {card.command.rsplit("row=", 1)[1] for card in table if "row=" in card.command}
+    assert rows == set(music_transformer_jsb.ROWS)
+    paper = {card.system.split(", ")[1]: card.reported for card in table}
+    assert paper["baseline"] == 0.417
+    assert paper["relative"] == 0.357
+    assert paper["relative_cpsi_pitch_time"] == 0.335
+
+
+@pytest.mark.parametrize("module", [music_transformer_jsb, quickstart])
+def test_an_unknown_override_lists_the_real_fields(module):
+    command = [sys.executable, "-m", module.__name__, "--workdir", "unused", "--set", "model.layers=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "model.layers" in done.stderr
+    assert "transformer" in done.stderr
