@@ -30,8 +30,9 @@ class MusicTransformerConfig:
       transformer: the stack; `positions="relative"` is the Relative Transformer.
       position_encoding: sinusoids "added" to the embeddings, or "concatenated" and projected to embed_dim (rows "cps"
         of Table 2).
-      label_period: with "concatenated", also concatenates each position modulo this, one-hot: 4 is the voice of a chorale
-        in raster order (the "instrument labels" of "cpsi"), 16 the voice and the 16th within its beat; 0 does not.
+      label_period: with "concatenated", also concatenates each position modulo this, one-hot: 4 is the voice of a
+        chorale in raster order (the "instrument labels" of "cpsi"), 16 the voice and the 16th within its beat; 0 does
+        not.
       first_pitch_id: the first id that is a pitch, for `transformer.pitch_time`; ids below are rest and start.
     """
 

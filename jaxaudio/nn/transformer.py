@@ -34,6 +34,10 @@ ACTIVATIONS = {
 }
 
 
+# Of jax.checkpoint_policies those that are policies; its other members make one from arguments.
+REMAT_POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape and kind of a stack of Transformer blocks.
@@ -62,7 +66,7 @@ class TransformerConfig:
       dropout_rate, attention_dropout_rate, mlp_dropout_rate: of block outputs, attention weights, MLP hidden units.
       dropout_generator: "jax" or "hash", see `ops.dropout`.
       attention_implementation: see `ops.attention.attention`.
-      remat_policy: None keeps all activations; else a member of `jax.checkpoint_policies`, such as "nothing_saveable".
+      remat_policy: None keeps all activations; else one of `REMAT_POLICIES`, named as in `jax.checkpoint_policies`.
       dtype: "float32" or "bfloat16" compute; parameters are always float32.
     """
 
@@ -101,9 +105,8 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.remat_policy is not None and not hasattr(jax.checkpoint_policies, self.remat_policy):
-            names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
-            raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {names}")
+        if self.remat_policy not in (None, *REMAT_POLICIES):
+            raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {REMAT_POLICIES}")
         if self.pitch_time and (self.positions, self.attention) != ("relative", "causal"):
             raise ValueError(
                 "pitch_time needs positions='relative' and attention='causal', got "
@@ -413,7 +416,8 @@ class Transformer(nn.Module):
         num_first = int(config.pitch_time)
         new_caches = []
         if config.pitch_time:
-            first = Block(config, deterministic, pitch_time=True, name="first_layer")
+            block = Block if cache is not None else self._block(in_scan=False)
+            first = block(config, deterministic, pitch_time=True, name="first_layer")
             x, new_cache = first(x, *shared, pitches, None if cache is None else cache[0], position)
             new_caches.append(new_cache)
         if cache is None:
@@ -430,20 +434,23 @@ class Transformer(nn.Module):
             x = _norm(config, "norm")(x)
         return x, None if cache is None else tuple(new_caches)
 
+    def _block(self, *, in_scan: bool) -> type[nn.Module]:
+        """Block, rematerialised as the config says; a scan's body needs no guard against common subexpressions."""
+        if self.config.remat_policy is None:
+            return Block
+        policy = getattr(jax.checkpoint_policies, self.config.remat_policy)
+        return nn.remat(Block, prevent_cse=not in_scan, policy=policy)
+
     def _scanned(self, length: int, deterministic: bool) -> nn.Module:
-        config, block = self.config, Block
-        if config.remat_policy is not None:
-            policy = getattr(jax.checkpoint_policies, config.remat_policy)
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
         scanned = nn.scan(
-            block,
+            self._block(in_scan=True),
             variable_axes={"params": 0, "attention_weights": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(config, deterministic, name="layers")
+        return scanned(self.config, deterministic, name="layers")
 
     def _t5_bias(self, length, cache, position):
         """(1, N, T, S) logit bias of T5's one table."""
