@@ -80,7 +80,7 @@ class Config:
         learning_rate=3e-3,
         schedule="cosine",
         warmup_steps=100,
-        num_steps=4000,
+        num_steps=3000,
         weight_decay=0.01,
         clip_norm=1.0,
     )
@@ -88,7 +88,7 @@ class Config:
     length: int = 256
     batch_size: int = 4
     transpose: tuple[int, int] | None = (-5, 6)
-    num_steps: int = 4000
+    num_steps: int = 3000
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_every: int = 500
