@@ -24,7 +24,7 @@ from jaxaudio.data.chorales import VOCAB_SIZE, encode_grid
 from jaxaudio.data.jsb_chorales import load_jsb
 from jaxaudio.data.pipelines import chorale_batches, evaluation_batches
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.report.card import Card
 from jaxaudio.train.checkpoint import Checkpointer
@@ -216,10 +216,10 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         schedule=schedule,
     )
     eval_step = make_eval_step(loss_fn, shardings=shardings, batch_sharding=batch_sharding)
+    put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
 
     def evaluate(state, split):
         batches = evaluation_batches(tokens[split], length=config.length, **rows)
-        put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
         return mean_metrics(eval_step(state.eval_params, put(batch)) for batch in batches)
 
     print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
@@ -237,7 +237,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             workdir=workdir,
             checkpointer=checkpoints,
             writer=writer,
-            batch_sharding=batch_sharding,
+            put=put,
             evaluate=functools.partial(evaluate, split="valid"),
             log_every=config.log_every,
             evaluate_every=config.evaluate_every,

@@ -24,7 +24,7 @@ from jaxaudio.data.chorales import VOCAB_SIZE, encode_grid
 from jaxaudio.data.music21_chorales import load_music21
 from jaxaudio.data.pipelines import chorale_batches, evaluation_batches
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.report.card import Card
 from jaxaudio.train.checkpoint import Checkpointer
@@ -143,10 +143,10 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         schedule=schedule,
     )
     eval_step = make_eval_step(loss_fn, shardings=shardings, batch_sharding=batch_sharding)
+    put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
 
     def evaluate(state, split):
         windows = evaluation_batches(tokens[split], length=config.length, batch_size=config.batch_size)
-        put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
         return mean_metrics(eval_step(state.eval_params, put(batch)) for batch in windows)
 
     print(f"{num_parameters(state.params):,} parameters on {mesh.size} {mesh.devices.flat[0].platform} devices")
@@ -164,7 +164,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             workdir=workdir,
             checkpointer=checkpoints,
             writer=writer,
-            batch_sharding=batch_sharding,
+            put=put,
             evaluate=functools.partial(evaluate, split="valid"),
             log_every=config.log_every,
             evaluate_every=config.evaluate_every,

@@ -201,7 +201,7 @@ def train_loop(
     workdir: str | pathlib.Path,
     checkpointer: Checkpointer,
     writer: MetricsWriter,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    put: Callable[[Any], Any] | None = None,
     evaluate: Callable[[Any], Mapping[str, Scalar]] | None = None,
     log_every: int = 20,
     evaluate_every: int | None = None,
@@ -218,7 +218,8 @@ def train_loop(
         step into the key.
       batches: a Grain iterator over dictionaries of numpy arrays, this process's part of each batch.
       key: the run's key for training.
-      batch_sharding: how a batch lies on the devices; None leaves it to `train_step`.
+      put: this process's part of a batch -> the batch on the devices, such as `sharding.shard_batch` with its mesh and
+        rules; None leaves it to `train_step`.
       evaluate: state -> metrics, called every `evaluate_every` steps and after the last. They are written as
         "validation/..." and rank the checkpoint that follows for keep-best.
       checkpoint_every: steps between checkpoints; evaluated steps and the last one are saved as well.
@@ -241,7 +242,7 @@ def train_loop(
     with StopSignal() as stop, contextlib.closing(bar):
         for step in range(first_step + 1, num_steps + 1):
             batch = _next_batch(batches, step, num_steps)
-            state, metrics = train_step(state, _put(batch, batch_sharding), key)
+            state, metrics = train_step(state, batch if put is None else put(batch), key)
             if unread is not None:
                 _read(*unread, workdir)
             unread = step, metrics, batch
@@ -287,12 +288,6 @@ def _next_batch(batches: Iterator, step: int, num_steps: int) -> Mapping[str, np
         return next(batches)
     except StopIteration:
         raise DataEndedError(f"the data ended before step {step} of {num_steps}; let the pipeline repeat") from None
-
-
-def _put(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding | None) -> Mapping[str, Any]:
-    if sharding is None:
-        return batch
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def _read(step: int, metrics: Mapping[str, jax.Array], batch: Any, workdir: str | pathlib.Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The loop: resuming bit for bit, stopping on signals and on bad numbers, and what it leaves on disk."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_run
 
+from jaxaudio import sharding
 from jaxaudio.train.checkpoint import Checkpointer
 from jaxaudio.train.loop import DataEndedError, MetricsWriter, NonFiniteLossError, StopSignal, check_finite
 
@@ -177,17 +179,23 @@ def test_keep_best_is_chosen_by_the_evaluation(tmp_path):
         assert checkpointer.steps == (4, 8, 10)
 
 
-def test_a_batch_is_laid_out_as_asked(tmp_path):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch = {"x": np.arange(48.0, dtype=np.float32).reshape(16, 3), "y": np.zeros(16, np.float32)}
+def test_each_batch_is_put_on_the_devices_as_asked_before_its_step(tmp_path):
+    mesh = sharding.make_mesh("data:-1")
+    put = functools.partial(sharding.shard_batch, mesh=mesh, rules=sharding.DATA)
     seen = []
 
     def step_fn(state, batch, key):
         seen.append(batch)
         return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
-    batches = toy_run.grain.MapDataset.source([0]).repeat().map(lambda _: batch).to_iter_dataset()
-    toy_run.run(tmp_path, 1, step_fn=step_fn, batches=iter(batches), batch_sharding=sharding, evaluate=None)
-    assert seen[0]["x"].sharding == sharding
+    def run(rows, workdir):
+        batch = {"x": np.arange(rows * 3.0, dtype=np.float32).reshape(rows, 3), "y": np.zeros(rows, np.float32)}
+        batches = toy_run.grain.MapDataset.source([0]).repeat().map(lambda _: batch).to_iter_dataset()
+        toy_run.run(workdir, 1, step_fn=step_fn, batches=iter(batches), put=put, evaluate=None)
+        return batch
+
+    batch = run(16, tmp_path / "fits")
+    assert seen[0]["x"].sharding == sharding.batch_sharding(mesh, sharding.DATA)
     np.testing.assert_array_equal(seen[0]["x"], batch["x"])
+    with pytest.raises(sharding.ShardingError, match=r"x of shape \(15, 3\): rows must be a multiple of 8"):
+        run(15, tmp_path / "does_not_fit")
