@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jaxaudio.models.music_transformer import MusicTransformerConfig
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 
 
 class TorchBlock(nn.Module):

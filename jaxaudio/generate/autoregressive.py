@@ -1,7 +1,7 @@
 """The one decode loop of the house: a token at a time, with a cache, inside one compiled `lax.while_loop`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,9 +17,9 @@ from jaxaudio.ops.sampling import Sampling, make_sampling, sample
 def generate(
     model: nn.Module,
     params: Any,
-    cache: Any,
     key: jax.Array,
     *,
+    init_cache: Callable[[int, int], Any],
     prompts: Sequence[np.ndarray],
     length: int,
     num_tokens: int | None = None,
@@ -37,8 +37,8 @@ def generate(
       model: called as model.apply({"params": params}, tokens (B, 1), cache=cache, position=t), gives (logits (B, 1, V),
         cache). Its first input is 0, the start token.
       params: stacked as trained, or from `unstack_layers`. Unstacking is done once per call, before the loop.
-      cache: an empty one of the model, for B rows and `length` positions.
       key: of all draws.
+      init_cache: (rows, positions) -> an empty cache of the model.
       prompts: B rows of tokens that are forced, each of any length up to num_tokens (empty ones too).
       length: the context, which is the size of the cache.
       num_tokens: tokens a row in the end, prompt included; `length` if None.
@@ -48,7 +48,8 @@ def generate(
     Returns:
       (B, num_tokens) int32.
     Raises:
-      ValueError: num_tokens is longer than the context or a prompt longer than num_tokens; the message has both.
+      ValueError: num_tokens is longer than the context, a prompt longer than num_tokens, or requests or sampling are
+        not one per prompt; the message has both numbers.
     """
     num_tokens = length if num_tokens is None else num_tokens
     if not 0 < num_tokens <= length:
@@ -60,20 +61,24 @@ def generate(
                 f"prompt {row} has {prompt_length} tokens, more than the {num_tokens} to fill (context {length}); "
                 "shorten it"
             )
+    requests = np.arange(len(prompts)) if requests is None else np.asarray(requests)
+    sampling = make_sampling(len(prompts)) if sampling is None else sampling
+    for name, rows in (("requests", len(requests)), ("sampling", len(sampling.temperature))):
+        if rows != len(prompts):
+            raise ValueError(f"{name} must have a row for each of {len(prompts)} prompts, got {rows}")
     forced = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         forced[row, : len(prompt)] = prompt
-    requests = np.arange(len(prompts)) if requests is None else np.asarray(requests)
     tokens = _decode(
         model,
         params,
-        cache,
+        init_cache(len(prompts), length),
         key,
         forced,
         np.asarray(prompt_lengths, np.int32),
         np.int32(num_tokens),
         requests.astype(np.uint32),
-        make_sampling(len(prompts)) if sampling is None else sampling,
+        sampling,
         allowed,
     )
     return np.asarray(tokens)[:, :num_tokens]

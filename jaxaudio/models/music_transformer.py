@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxaudio.nn.layers import Dropout, Projection, TokenEmbedding, constrain
-from jaxaudio.nn.transformer import Transformer, TransformerConfig, init_caches
+from jaxaudio.nn.transformer import Transformer, init_caches
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.attention import KVCache
 from jaxaudio.ops.positions import sinusoids
 

@@ -4,15 +4,15 @@ Letters, here and in every einsum: B batch, T query, S key, D embed_dim, N num_h
 F mlp_dim, V vocab_size, L layers, R relative distances.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxaudio.nn.layers import Dropout, Norm, Projection, constrain
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops import dropout as dropout_ops
 from jaxaudio.ops import positions as position_ops
 from jaxaudio.ops import relative_attention as relative_ops
@@ -32,112 +32,6 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
-
-
-# Of jax.checkpoint_policies those that are policies; its other members make one from arguments.
-REMAT_POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and kind of a stack of Transformer blocks.
-
-    Attributes:
-      num_layers, embed_dim, num_heads, mlp_dim: the usual sizes.
-      head_dim: width of a query or key head; embed_dim // num_heads if None.
-      value_head_dim: width of a value head; embed_dim // num_heads if None.
-      num_kv_heads: fewer than num_heads for grouped heads; num_heads if None.
-      attention: "causal", "full", or "local" (causal, own block and the previous one).
-      cross_attention: adds attention to an encoder's output to each block.
-      norm, norm_position, norm_epsilon: "layer" or "rms" normalisation, of each layer's input ("pre", and once more at
-        the stack's end) or of each residual sum ("post").
-      activation, gated_mlp: of the MLP; gated is act(x W_gate) * (x W_up).
-      attention_bias, attention_out_bias, mlp_bias, norm_bias: whether q/k/v, the output projection, the MLP and the
-        LayerNorm have biases.
-      positions: "none" here if positions are added to the input; "relative" (Music Transformer), "t5" (one bias table
-        for the whole stack) or "rotary".
-      max_distance: rows R of each relative table; T5's largest exact distance.
-      num_buckets: T5's buckets.
-      rotary_base: wavelength base of rotary positions.
-      relative_form, block_size: form of relative attention, see `ops.relative_attention`; block_size is also the block
-        of "local" attention.
-      pitch_time: adds relative pitch and time logits to the first layer (Music Transformer section 4.1.1).
-      attention_scale: factor of the logits; head_dim ** -0.5 if None, 1.0 in T5.
-      dropout_rate, attention_dropout_rate, mlp_dropout_rate: of block outputs, attention weights, MLP hidden units.
-      dropout_generator: "jax" or "hash", see `ops.dropout`.
-      attention_implementation: see `ops.attention.attention`.
-      remat_policy: None keeps all activations; else one of `REMAT_POLICIES`, named as in `jax.checkpoint_policies`.
-      dtype: "float32" or "bfloat16" compute; parameters are always float32.
-    """
-
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    mlp_dim: int
-    head_dim: int | None = None
-    value_head_dim: int | None = None
-    num_kv_heads: int | None = None
-    attention: Literal["causal", "full", "local"] = "causal"
-    cross_attention: bool = False
-    norm: Literal["layer", "rms"] = "layer"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_epsilon: float = 1e-6
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
-    gated_mlp: bool = False
-    attention_bias: bool = False
-    attention_out_bias: bool = False
-    mlp_bias: bool = True
-    norm_bias: bool = True
-    positions: Literal["none", "relative", "t5", "rotary"] = "none"
-    max_distance: int = 128
-    num_buckets: int = 32
-    rotary_base: float = 1e4
-    relative_form: Literal["gather", "skew", "blockwise"] = "blockwise"
-    block_size: int = 128
-    pitch_time: bool = False
-    attention_scale: float | None = None
-    dropout_rate: float = 0.0
-    attention_dropout_rate: float = 0.0
-    mlp_dropout_rate: float = 0.0
-    dropout_generator: Literal["jax", "hash"] = "jax"
-    attention_implementation: Literal["auto", "xla", "mapped", "cudnn"] = "auto"
-    remat_policy: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self):
-        if self.remat_policy not in (None, *REMAT_POLICIES):
-            raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {REMAT_POLICIES}")
-        if self.pitch_time and (self.positions, self.attention) != ("relative", "causal"):
-            raise ValueError(
-                "pitch_time needs positions='relative' and attention='causal', got "
-                f"positions={self.positions!r}, attention={self.attention!r}"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        if self.positions == "relative" and self.attention == "full":
-            raise ValueError("positions='relative' is causal attention, got attention='full'")
-        if self.positions == "relative" and (self.attention_scale, self.attention_implementation) != (None, "auto"):
-            raise ValueError(
-                "relative attention has its own scale and forms, got "
-                f"attention_scale={self.attention_scale}, attention_implementation={self.attention_implementation!r}"
-            )
-        if self.positions == "relative" and self.kv_heads != self.num_heads:
-            raise ValueError(f"relative attention has no grouped heads, got num_kv_heads={self.num_kv_heads}")
-
-    @property
-    def query_head_dim(self) -> int:
-        """Width of a query or key head."""
-        return self.head_dim or self.embed_dim // self.num_heads
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a value head."""
-        return self.value_head_dim or self.embed_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key-value heads."""
-        return self.num_kv_heads or self.num_heads
 
 
 class Attention(nn.Module):
@@ -398,13 +292,15 @@ class Transformer(nn.Module):
         Returns:
           ((B, T, D), updated caches or None).
         Raises:
-          ValueError: `memory` and the config's cross_attention do not go together; or a cache comes with what decoding
-            does not have: a mask, dropout, full attention, or stacked parameters.
+          ValueError: `memory` and the config's cross_attention do not go together; or a cache of another number of
+            layers, or with what decoding does not have: a mask, dropout, full attention, or stacked parameters.
         """
         config = self.config
         if config.cross_attention != (memory is not None):
             shape = None if memory is None else memory.shape
             raise ValueError(f"cross_attention={config.cross_attention} does not go with memory of shape {shape}")
+        if cache is not None and len(cache) != config.num_layers:
+            raise ValueError(f"a stack of {config.num_layers} layers needs as many caches, got {len(cache)}")
         if cache is not None and (mask is not None or not deterministic or config.attention == "full"):
             shape = None if mask is None else mask.shape
             raise ValueError(

@@ -54,7 +54,8 @@ def attention(
       dropout_rate, dropout_key, dropout_generator: dropout of the attention weights; no key, no dropout.
       implementation: "xla" stores all logits. "mapped" handles one key-value head at a time and recomputes its weights
         in the backward pass, which keeps them in a CPU's cache. "cudnn" is the fused GPU kernel for 16-bit floats.
-        "auto" is "mapped" on a CPU; on a GPU "cudnn" for 16-bit floats without bias or dropout; else "xla".
+        "auto" is "mapped" on a CPU; on a GPU "cudnn" for 16-bit floats without bias or dropout, in lengths of whole
+        64s and head widths of whole 8s up to 128; else "xla".
     Raises:
       ValueError: if N is not a multiple of K, or "cudnn" is asked for with dropout.
     """
@@ -64,7 +65,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rate = dropout_rate if dropout_key is not None else 0.0
     if implementation == "auto":
-        implementation = _fastest(query.dtype, plain=bias is None and not rate and key.shape[-1] == value.shape[-1])
+        implementation = _fastest(query, key, value, plain=bias is None and not rate)
     if implementation == "mapped":
         return _mapped(query, key, value, mask, bias, scale, rate, dropout_key, dropout_generator)
     if implementation == "cudnn":
@@ -80,12 +81,16 @@ def attention(
     return weighted_values(weights, value)
 
 
-def _fastest(dtype, *, plain: bool) -> Implementation:
+def _fastest(query, key, value, *, plain: bool) -> Implementation:
     """The implementation for the backend in use; to compile ahead for another one, name the implementation instead."""
     backend = jax.default_backend()
     if backend == "cpu":
         return "mapped"
-    return "cudnn" if backend == "gpu" and plain and jnp.dtype(dtype).itemsize == 2 else "xla"
+    # The sizes that every version of the fused kernel takes; others have to be asked for by name.
+    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[-1]
+    fits = all(length % 64 == 0 for length in lengths) and head_dim % 8 == 0 and head_dim <= 128
+    fused = plain and fits and head_dim == value.shape[-1] and query.dtype.itemsize == 2
+    return "cudnn" if backend == "gpu" and fused else "xla"
 
 
 def attention_weights(

@@ -11,7 +11,7 @@ import torch
 from experiments.benchmarks import music_transformer, relative_attention, timing
 from experiments.benchmarks.torch_music_transformer import TorchMusicTransformer
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 
 TRANSFORMER = TransformerConfig(
     num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, positions="relative", max_distance=8, block_size=8

@@ -1,5 +1,6 @@
 """The decode loop: equal to re-running the whole sequence, and each row on its own."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,7 @@ from flax import linen as nn
 
 from jaxaudio.generate import autoregressive
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig, init_cache
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.sampling import Sampling, filter_logits, make_sampling
 
 LENGTH = 24
@@ -31,8 +32,15 @@ def params():
 
 
 def run(params, prompts, **options):
-    cache = init_cache(MODEL.config, len(prompts), LENGTH)
-    return autoregressive.generate(MODEL, params, cache, jax.random.key(5), prompts=prompts, length=LENGTH, **options)
+    return autoregressive.generate(
+        MODEL,
+        params,
+        jax.random.key(5),
+        init_cache=functools.partial(init_cache, MODEL.config),
+        prompts=prompts,
+        length=LENGTH,
+        **options,
+    )
 
 
 def uncached_greedy(params, prompt, num_tokens):
@@ -115,6 +123,10 @@ def test_prompt_longer_than_the_context_is_an_error(params):
         run(params, [np.ones(25, int)])
     with pytest.raises(ValueError, match=r"1\.\.24 .*got 25"):
         run(params, [np.ones(3, int)], num_tokens=25)
+    with pytest.raises(ValueError, match=r"requests .* 1 prompts, got 2"):
+        run(params, [np.ones(3, int)], requests=[0, 1])
+    with pytest.raises(ValueError, match=r"sampling .* 1 prompts, got 3"):
+        run(params, [np.ones(3, int)], sampling=make_sampling(3))
 
 
 def loop_filter(logits, temperature, top_k, top_p):

@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig, init_cache
 from jaxaudio.nn.layers import TokenEmbedding
-from jaxaudio.nn.transformer import TransformerConfig, unstack_layers
+from jaxaudio.nn.transformer import unstack_layers
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 
 BASE = TransformerConfig(num_layers=3, embed_dim=16, num_heads=2, mlp_dim=24, head_dim=12)

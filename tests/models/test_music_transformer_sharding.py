@@ -12,7 +12,7 @@ import pytest
 
 from jaxaudio import sharding
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
-from jaxaudio.nn.transformer import TransformerConfig
+from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.train.state import abstract_state
 from jaxaudio.train.step import make_train_step

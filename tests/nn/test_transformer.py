@@ -12,7 +12,8 @@ import transformers
 from jax.sharding import PartitionSpec
 
 from jaxaudio import sharding
-from jaxaudio.nn.transformer import Transformer, TransformerConfig, init_caches, unstack_layers
+from jaxaudio.nn.transformer import Transformer, init_caches, unstack_layers
+from jaxaudio.nn.transformer_config import TransformerConfig
 
 B, T, S, D, N, H, F, L = 2, 12, 7, 32, 4, 8, 48, 3
 SIZES = {"num_layers": L, "embed_dim": D, "num_heads": N, "mlp_dim": F}
@@ -417,6 +418,11 @@ def test_every_array_has_axes_that_every_table_knows(name, monkeypatch):
         ({"remat_policy": "save_all"}, "remat_policy 'save_all' is not one of .*nothing_saveable"),
         ({"pitch_time": True}, "pitch_time needs .* got positions='none', attention='causal'"),
         ({"pitch_time": True, "positions": "relative", "attention": "local"}, "pitch_time needs .*attention='local'"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"head_dim": 0}, "head_dim must be None or at least 1, got 0"),
+        ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1.0"),
+        ({"num_heads": 5}, "embed_dim 32 is not a multiple of num_heads 5"),
+        ({"positions": "rotary", "head_dim": 7}, "rotary positions need an even head_dim, got 7"),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"positions": "relative", "attention": "full"}, "causal attention, got attention='full'"),
         ({"positions": "relative", "attention_scale": 2.0}, "got attention_scale=2.0, attention_implementation='auto'"),
@@ -426,7 +432,7 @@ def test_every_array_has_axes_that_every_table_knows(name, monkeypatch):
 )
 def test_impossible_configs_are_errors(fields, match):
     with pytest.raises(ValueError, match=match):
-        TransformerConfig(**SIZES, **fields)
+        TransformerConfig(**(SIZES | fields))
 
 
 def call(config, cache=None, **inputs):
@@ -447,6 +453,8 @@ def test_what_a_mode_cannot_honour_is_an_error():
     with pytest.raises(ValueError, match="relative attention is causal and takes no mask"):
         call(CACHED["relative_local"], mask=mask)
     cache = init_caches(LLAMA, 1, 4)[:1]
+    with pytest.raises(ValueError, match="a stack of 1 layers needs as many caches, got 2"):
+        call(LLAMA, cache * 2)
     with pytest.raises(ValueError, match=r"mask of shape \(1, 1, 2, 2\)"):
         call(LLAMA, cache, mask=mask)
     with pytest.raises(ValueError, match="deterministic=False"):
