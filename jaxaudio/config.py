@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
+import socket
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -85,17 +87,22 @@ def from_json(cls: type[Config], text: str) -> Config:
 
 
 def claim_workdir(config: Any, workdir: pathlib.Path, *, may_change: Sequence[str] = ()) -> None:
-    """Makes the run's folder and writes its config.json; a folder that another config already claimed is an error.
+    """Makes the run's folder and writes its config.json; a folder with checkpoints of another config is an error.
+
+    Where no checkpoint was saved, the config replaces that of the earlier start, so a corrected command starts anew.
+    All processes of a run may call it at once.
 
     Args:
       config: the resolved config.
       workdir: the run's folder, new or of an earlier start of the same run.
       may_change: top-level fields that a resumed run may have otherwise, such as its mesh.
     Raises:
-      ConfigError: config.json there differs; the message lists both values of each field that does.
+      ConfigError: the folder holds a checkpoint and another config.json; the message lists both values of each field
+        that differs.
     """
     path = workdir / "config.json"
-    if path.exists():
+    has_checkpoint = any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*"))
+    if has_checkpoint and path.exists():
         before, now = (_leaves(mapping) for mapping in (json.loads(path.read_text()), to_dict(config)))
         changed = [
             f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
@@ -108,7 +115,8 @@ def claim_workdir(config: Any, workdir: pathlib.Path, *, may_change: Sequence[st
                 + "\n  ".join(changed)
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("config.json.tmp")
+    # A name of its own for each process, so that none moves away what another one is writing.
+    temporary = path.with_name(f".config.{socket.gethostname()}.{os.getpid()}.json")
     temporary.write_text(to_json(config))
     temporary.replace(path)
 
@@ -144,16 +152,18 @@ def parse_command_line(
     parser = argparse.ArgumentParser(
         description=description, epilog=listing, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="the run's folder")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, local or mounted")
     parser.add_argument(
         "--set", dest="assignments", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="see below"
     )
     arguments = parser.parse_args(argv)
     try:
+        if "://" in arguments.workdir:
+            raise ConfigError(f"--workdir: expected a local or mounted folder, got {arguments.workdir!r}")
         config, assignments = default, arguments.assignments
         if rows:
             config, assignments = _pick_row(rows, assignments)
-        return override(config, assignments), arguments.workdir
+        return override(config, assignments), pathlib.Path(arguments.workdir)
     except ConfigError as error:
         parser.error(str(error))
 

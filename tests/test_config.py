@@ -206,6 +206,7 @@ def test_command_line_picks_the_row_before_the_other_overrides():
         ),
         (["--workdir", "w", "--set", "row=base", "row=relative"], "row: assigned more than once, ['base', 'relative']"),
         (["--workdir", "w", "--set", "model.num_layer=1"], "did you mean 'num_layers'?"),
+        (["--workdir", "gs://bucket/run"], "--workdir: expected a local or mounted folder, got 'gs://bucket/run'"),
     ],
 )
 def test_command_line_errors_exit_with_the_message(arguments, message, capsys):
@@ -234,7 +235,7 @@ def test_config_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_folder_belongs_to_one_config(tmp_path):
+def test_a_folder_with_a_checkpoint_belongs_to_one_config(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Model:
         width: int = 4
@@ -245,8 +246,18 @@ def test_a_folder_belongs_to_one_config(tmp_path):
         mesh: str = "data:1"
 
     folder = tmp_path / "run"
+
+    def claimed():
+        return configs.from_json(Run, (folder / "config.json").read_text())
+
+    configs.claim_workdir(Run(Model(3)), folder)
+    (folder / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # a save that a kill interrupted
     configs.claim_workdir(Run(), folder)
+    assert claimed() == Run()
+    (folder / "checkpoints" / "5").mkdir()
     configs.claim_workdir(Run(mesh="data:8"), folder, may_change=("mesh",))
-    assert configs.from_json(Run, (folder / "config.json").read_text()) == Run(mesh="data:8")
+    assert claimed() == Run(mesh="data:8")
     with pytest.raises(ConfigError, match=r"model\.width: 4 there, 5 now"):
         configs.claim_workdir(Run(Model(5), "data:8"), folder)
+    assert claimed() == Run(mesh="data:8")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.json"]
