@@ -165,11 +165,14 @@ def process_shard(mesh: Mesh, rules: Rules) -> tuple[int, int]:
     for device, (index,) in batch_sharding(mesh, rules).devices_indices_map((_num_batch_shards(mesh, rules),)).items():
         rows.setdefault(device.process_index, set()).add(index.start or 0)
     shares = sorted({tuple(sorted(share)) for share in rows.values()})
-    for first, second in zip(shares, shares[1:], strict=False):
-        if set(first) & set(second):
-            raise ShardingError(
-                f"processes hold overlapping shards of the batch, {first} and {second}; reorder the mesh"
-            )
+    owners: dict[int, tuple[int, ...]] = {}
+    for share in shares:
+        for row in share:
+            other = owners.setdefault(row, share)
+            if other != share:
+                raise ShardingError(
+                    f"processes hold overlapping shards of the batch, {other} and {share}; reorder the mesh"
+                )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 

@@ -1,3 +1,6 @@
+import types
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -174,6 +177,36 @@ def test_shard_batch_splits_rows(spec, rows):
         assert array.sharding == sharding.batch_sharding(mesh, TENSOR)
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {rows}
     assert sharding.process_shard(mesh, TENSOR) == (0, 1)
+
+
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("rows_of_processes", "process", "expected"),
+    [
+        ([(0, 1), (2, 3)], 1, (1, 2)),
+        ([(2, 3), (0, 1)], 1, (0, 2)),
+        ([(0, 1), (2, 3), (0, 1), (2, 3)], 3, (1, 2)),
+        ([(0, 1, 2, 3), (0, 1, 2, 3)], 1, (0, 1)),
+        ([(0, 1), (1, 2), (3,)], 0, r"\(0, 1\) and \(1, 2\); reorder the mesh"),
+        ([(0, 3), (1,), (2, 3)], 0, r"\(0, 3\) and \(2, 3\); reorder the mesh"),
+    ],
+)
+def test_a_process_gets_its_share_of_the_batch(monkeypatch, rows_of_processes, process, expected):
+    devices = [(process, row) for process, rows in enumerate(rows_of_processes) for row in rows]
+    indices = {Device(i, process): (slice(row, row + 1),) for i, (process, row) in enumerate(devices)}
+    layout = types.SimpleNamespace(devices_indices_map=lambda shape: indices)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh, rules: layout)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    mesh = sharding.make_mesh("data:4,model:2")
+    if isinstance(expected, tuple):
+        assert sharding.process_shard(mesh, DATA) == expected
+    else:
+        with pytest.raises(ShardingError, match=expected):
+            sharding.process_shard(mesh, DATA)
 
 
 def test_shard_batch_errors():
