@@ -41,7 +41,7 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The checkpoint is of another model; the message lists paths with the shapes expected and found."""
+    """The checkpoint is of another model or number of processes; the message says what was expected and found."""
 
 
 class CheckpointCorruptError(CheckpointError):
@@ -200,7 +200,8 @@ class Checkpointer:
           step: which checkpoint; the newest if None.
         Raises:
           CheckpointNotFoundError: there is none, or none of that step.
-          CheckpointMismatchError: paths, shapes or dtypes differ, or the checkpoint holds no iterator.
+          CheckpointMismatchError: paths, shapes or dtypes differ, the checkpoint holds no iterator, or its iterator is
+            that of another number of processes.
           CheckpointCorruptError: the checkpoint is truncated or damaged.
         """
         self.wait()
@@ -209,8 +210,8 @@ class Checkpointer:
             wanted = "" if step is None else f" of step {step}"
             raise CheckpointNotFoundError(f"no checkpoint{wanted} in {self.directory}; it has steps {list(self.steps)}")
         path = self.directory / str(found)
-        if data_iterator is not None and not (path / "data").is_dir():
-            raise CheckpointMismatchError(f"{path} was saved without a data iterator; restore it without one")
+        if data_iterator is not None:
+            check_same_processes(path)
         try:
             metadata = ocp.metadata(path, "state").metadata
         except Exception as error:
@@ -239,6 +240,23 @@ def library_versions() -> dict[str, str]:
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES if name in installed}
     return {"python": platform.python_version(), "jaxaudio": __version__, **libraries}
+
+
+def check_same_processes(path: pathlib.Path) -> None:
+    """Compares the number of processes whose data iterators a checkpoint holds with that of this run.
+
+    Raises:
+      CheckpointMismatchError: they differ, or the checkpoint holds none.
+    """
+    if not (path / "data").is_dir():
+        raise CheckpointMismatchError(f"{path} was saved without a data iterator; restore it without one")
+    # Grain writes one file for each process, process_INDEX-of-COUNT.json.
+    counts = {int(file.stem.rpartition("-")[2]) for file in (path / "data").glob("process_*-of-*.json")}
+    if counts and counts != {jax.process_count()}:
+        raise CheckpointMismatchError(
+            f"{path} holds the data iterators of {max(counts)} process(es), this run has {jax.process_count()}; "
+            "resume with the same number of processes"
+        )
 
 
 def check_same_tree(expected: Any, found: Any, path: pathlib.Path) -> None:

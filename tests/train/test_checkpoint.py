@@ -175,6 +175,18 @@ def test_a_checkpoint_of_another_model_names_paths_and_shapes(tmp_path):
     assert "opt_state/1/0/mu/layers/kernel: expected float32[16, 4], found float32[16, 8]" in message
 
 
+def test_a_checkpoint_of_another_number_of_processes_names_both_counts(tmp_path):
+    with Checkpointer(tmp_path, config=CONFIG) as checkpointer:
+        checkpointer.save(new_state(), toy_run.new_batches(), wait=True)
+        (file,) = (tmp_path / "1" / "data").glob("process_*")
+        file.rename(file.with_name("process_0-of-4.json"))
+        (tmp_path / "1" / "data" / "process_3-of-4.json").touch()
+        expected = r"iterators of 4 process\(es\), this run has 1; resume with the same number of processes"
+        with pytest.raises(CheckpointMismatchError, match=expected):
+            checkpointer.restore(abstract(new_state()), toy_run.new_batches())
+        assert_same_bits(checkpointer.restore(abstract(new_state())), new_state())
+
+
 # Orbax's reading threads outlive the event loop of a load that failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["arrays", "tree", "manifest", "removed"])
