@@ -1,7 +1,8 @@
 """Parameters out of a checkpoint, for analysis: safetensors or npz with a manifest, opened without model code.
 
-Any checkpoint opens in a process with one CPU, also one that was saved sharded over many devices. Arrays are read one
-at a time. Stacked layers ("a/layers/b", leading axis = layer) are written one by one, as "a/layers/0/b" and so on.
+Any checkpoint opens in a process with one CPU, also one that was saved sharded over many devices; of a run's processes,
+one alone may export. Arrays are read one at a time. Stacked layers ("a/layers/b", leading axis = layer) are written one
+by one, as "a/layers/0/b" and so on.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import struct
@@ -21,6 +21,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors
+
+from jaxaudio.data.files import atomic_path
 
 SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -145,11 +147,11 @@ def export_checkpoint(
         "checkpoint": {"part": part, "step": _step(folder), **saved},
         "arrays": {},
     }
-    with _replacing(out) as temporary, _WRITERS[out.suffix](temporary, pieces) as write:
+    with atomic_path(out) as temporary, _WRITERS[out.suffix](temporary, pieces) as write:
         for piece, array in _read_arrays(folder, part, pieces):
             write(piece.name, array)
             manifest["arrays"][piece.name] = _describe(array)
-    with _replacing(_manifest_path(out)) as temporary:
+    with atomic_path(_manifest_path(out)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -292,7 +294,12 @@ def _read_arrays(folder: pathlib.Path, part: str, pieces: list[_Piece]) -> Itera
     """Each piece with its array; a leaf is read when its first piece comes, and dropped before the next leaf."""
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
+    # By default every process of a run waits for all others, but only this one may be exporting.
+    process = ocp.multihost.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix="export"
+    )
+    context = ocp.Context(multiprocessing_options=alone)
     context.pytree.loading.partial_load = True
     for leaf, group in itertools.groupby(pieces, key=lambda piece: piece.leaf):
         group = list(group)
@@ -334,18 +341,6 @@ def _describe(array: np.ndarray) -> dict[str, Any]:
         "std": math.sqrt(variance),
         "sha256": _sha256(array),
     }
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path` that takes its place on success, and goes on failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ That is: metrics on disk, a progress bar, stop signals, and the check that stops
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxaudio.data.files import atomic_path
 from jaxaudio.train.checkpoint import Checkpointer, Scalar
 
 
@@ -46,8 +48,6 @@ class MetricsWriter:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
@@ -55,7 +55,7 @@ class MetricsWriter:
             path = workdir / f"{name}.jsonl"
             _drop_lines_after(path, resume_step)
             self._files[name] = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._folder, self._resume_step = workdir / "tensorboard", resume_step
 
     def write(self, step: int, values: Mapping[str, Scalar], *, prefix: str) -> None:
         """Appends deterministic values of one step under "prefix/name" to metrics.jsonl and TensorBoard."""
@@ -64,6 +64,13 @@ class MetricsWriter:
     def write_timings(self, step: int, values: Mapping[str, Scalar]) -> None:
         """Appends values that depend on the clock under "timings/name" to timings.jsonl and TensorBoard."""
         self._append("timings", step, values, "timings")
+
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        """Made by the first value, because every new writer leaves a file, also one of a run that is complete."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._resume_step + 1)
 
     def _append(self, file: str, step: int, values: Mapping[str, Scalar], prefix: str) -> None:
         if not self._writes:
@@ -77,7 +84,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._writes:
-            self._tensorboard.close()
+            if "_tensorboard" in vars(self):
+                self._tensorboard.close()
             for file in self._files.values():
                 file.close()
 
@@ -93,9 +101,8 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
         return
     # A killed process may leave a last line without its newline; it belongs to a step that will be computed again.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 class ProgressBar:
@@ -184,10 +191,8 @@ def check_finite(step: int, metrics: Mapping[str, float], batch: Any, workdir: s
         return
     suffix = "" if jax.process_count() == 1 else f"_process_{jax.process_index()}"
     path = pathlib.Path(workdir) / f"nonfinite_step_{step}{suffix}.npz"
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **batch)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **batch)
     raise NonFiniteLossError(f"step {step} gave {bad}; its batch is in {path}. Checkpoints are from before this step")
 
 
@@ -225,15 +230,20 @@ def train_loop(
       checkpoint_every: steps between checkpoints; evaluated steps and the last one are saved as well.
     Raises:
       NonFiniteLossError, DataEndedError, CheckpointError: see there.
+      ValueError: an interval is less than 1.
       SystemExit: SIGTERM or SIGINT came and the state is saved; the status is 128 + the signal's number, as shells have
         it.
     """
+    for name, every in (("log", log_every), ("evaluate", evaluate_every), ("checkpoint", checkpoint_every)):
+        if every is not None and every < 1:
+            raise ValueError(f"{name}_every must be at least 1, got {every}")
     first_step = checkpointer.latest_step or 0
     if first_step:
         state = checkpointer.restore(state, batches)
-        is_complete = first_step >= num_steps
-        print(f"{workdir}: {'complete at' if is_complete else 'resuming from'} step {first_step}", file=sys.stderr)
-        if is_complete:
+        if jax.process_index() == 0:
+            verb = "resuming from" if first_step < num_steps else "trained to"
+            print(f"{workdir}: {verb} step {first_step} of {num_steps}", file=sys.stderr)
+        if first_step >= num_steps:
             return state
 
     bar = ProgressBar(first_step, num_steps)

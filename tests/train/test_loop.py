@@ -69,11 +69,19 @@ def test_the_loop_computes_what_a_plain_loop_computes_and_writes_it(tmp_path):
 
 def test_a_complete_run_says_so_and_trains_no_step(tmp_path, capfd):
     first = toy_run.run(tmp_path, 4)
-    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    metrics, events = (tmp_path / "metrics.jsonl").read_bytes(), list((tmp_path / "tensorboard").iterdir())
     again = toy_run.run(tmp_path, 4, step_fn=lambda *_: pytest.fail("no step is left"))
     np.testing.assert_array_equal(again.params["slope"], first.params["slope"])
-    assert "complete at step 4" in capfd.readouterr().err
+    assert f"{tmp_path}: trained to step 4 of 4" in capfd.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert list((tmp_path / "tensorboard").iterdir()) == events
+
+
+@pytest.mark.parametrize("interval", ["log_every", "evaluate_every", "checkpoint_every"])
+@pytest.mark.parametrize("every", [0, -5])
+def test_an_interval_below_one_is_refused(tmp_path, interval, every):
+    with pytest.raises(ValueError, match=f"{interval} must be at least 1, got {every}$"):
+        toy_run.run(tmp_path, 4, **{interval: every})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -169,6 +177,8 @@ def test_resuming_drops_lines_after_the_restored_step_and_half_written_ones(tmp_
         {"step": 3, "train/loss": 7.0},
     ]
     assert [line["step"] for line in lines(tmp_path / "timings.jsonl")] == [1, 2]
+    with MetricsWriter(tmp_path, resume_step=0):
+        assert lines(tmp_path / "metrics.jsonl") == lines(tmp_path / "timings.jsonl") == []
 
 
 def test_keep_best_is_chosen_by_the_evaluation(tmp_path):
