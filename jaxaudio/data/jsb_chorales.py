@@ -22,12 +22,14 @@ from jaxaudio.data.chorales import NUM_VOICES, REST, check_grid
 
 COMMIT = "9a7f733ddb4ed91f48da64ac7f0f621c34aadd4d"
 URL = f"https://raw.githubusercontent.com/czhuang/JSB-Chorales-dataset/{COMMIT}/Jsb16thSeparated.json"
-# Both files of that commit; they hold the same chorales in the same order.
+# Both files of that commit, the preferred one first: the npz is pickled. They hold the same chorales in the same order.
 SHA256 = {
-    "Jsb16thSeparated.npz": "2adcdf0d57880c3763f104555072285fe7f9e3d6049fcc4b9830557b8d4a7820",
     "Jsb16thSeparated.json": "79294cc374f9252e95ef4b703161524c1c53dc1f712c236f00f1c1f5d54af5a7",
+    "Jsb16thSeparated.npz": "2adcdf0d57880c3763f104555072285fe7f9e3d6049fcc4b9830557b8d4a7820",
 }
 NUM_CHORALES = {"train": 229, "valid": 76, "test": 77}
+# Of their grids, as `_digest` takes it: what a prepared data set must hold.
+GRIDS_SHA256 = "4e3ec67930d1f4568a3ac5cd482c55b0bacbfee5335d1d9b5334213fe6068001"
 
 
 class JsbError(ValueError):
@@ -49,7 +51,7 @@ class JsbChorales(tfds.core.GeneratorBasedBuilder):
         """Makes the builder.
 
         Args:
-            source_dir: Folder with `Jsb16thSeparated.npz` or `.json`. None downloads the file.
+            source_dir: Folder with `Jsb16thSeparated.json` or `.npz`. None downloads the file.
             file_format: array_record, the random-access format that a data source needs.
             **kwargs: As `tfds.core.GeneratorBasedBuilder`, such as `data_dir`.
         """
@@ -81,8 +83,13 @@ class JsbChorales(tfds.core.GeneratorBasedBuilder):
 def load_jsb(data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike) -> dict[str, tuple[np.ndarray, ...]]:
     """The grids of all splits, prepared once under `cache_dir` and read through the data source.
 
+    `data_dir` is checked also when the data set is prepared already, and what is read back from `cache_dir` is compared
+    with the public file. Several processes may prepare at once: each does so in a temporary folder of its own, the
+    first to finish renames it into place, and all read that one.
+
     Args:
-        data_dir: Folder with `Jsb16thSeparated.npz` or `.json`, itself or in its sub-folder `jsb`. None downloads it.
+        data_dir: Folder with `Jsb16thSeparated.json` or `.npz`, itself or in its sub-folder `jsb`. None downloads the
+            JSON form when nothing is prepared yet.
         cache_dir: Folder for the prepared data set.
 
     Returns:
@@ -90,36 +97,57 @@ def load_jsb(data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike) -
 
     Raises:
         JsbError: The file is missing, cannot be downloaded, is truncated or altered (has found and expected sha256),
-            or a split has not its number of chorales.
+            or the prepared data set is damaged or altered (says which folder to remove).
     """
-    builder = JsbChorales(source_dir=data_dir, data_dir=os.fspath(cache_dir))
-    builder.download_and_prepare()
+    if data_dir is not None:
+        read_source(find_source(data_dir))
+    folder = pathlib.Path(cache_dir) / JsbChorales.name / str(JsbChorales.VERSION)
+    if not folder.exists():
+        try:
+            JsbChorales(source_dir=data_dir, data_dir=os.fspath(cache_dir)).download_and_prepare()
+        except OSError:
+            # The renaming fails when another process was first; its data set is as good.
+            if not folder.exists():
+                raise
+    try:
+        return _read_prepared(JsbChorales(data_dir=os.fspath(cache_dir)))
+    except Exception as error:  # every reader below has errors of its own: KeyError, RuntimeError, protobuf's, ...
+        raise JsbError(f"{folder} is damaged or altered ({error}); remove it and it is prepared again.") from error
+
+
+def _read_prepared(builder: JsbChorales) -> dict[str, tuple[np.ndarray, ...]]:
     splits = {}
     for split in NUM_CHORALES:
         examples = sorted(builder.as_data_source(split=split), key=lambda example: int(example["index"]))
         splits[split] = tuple(check_grid(example["grid"]) for example in examples)
-    _check_counts(splits, os.fspath(builder.data_path))
+    _check_grids(splits, "the data set")
     return splits
 
 
 def find_source(data_dir: str | os.PathLike) -> pathlib.Path:
     """The `Jsb16thSeparated` file in `data_dir` or its sub-folder `jsb`.
 
+    The JSON form is preferred when both are there, for it needs no unpickling.
+
     Raises:
-        JsbError: There is none.
+        JsbError: There is none, or `data_dir` is empty.
     """
-    for folder in (pathlib.Path(data_dir), pathlib.Path(data_dir) / "jsb"):
-        for name in SHA256:
+    if not os.fspath(data_dir):
+        raise JsbError(
+            f"data_dir={data_dir!r} is empty; give the folder of {' or '.join(SHA256)}, or None to download it."
+        )
+    for name in SHA256:
+        for folder in (pathlib.Path(data_dir), pathlib.Path(data_dir) / "jsb"):
             if (folder / name).is_file():
                 return folder / name
     raise JsbError(f"There is no {' or '.join(SHA256)} in {data_dir} or {data_dir}/jsb; put it there from {URL}.")
 
 
 def read_source(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, ...]]:
-    """Reads a `Jsb16thSeparated` file, `.npz` or `.json`: split to grids (T, 4) int32, in the order of the file.
+    """Reads a `Jsb16thSeparated` file, `.json` or `.npz`: split to grids (T, 4) int32, in the order of the file.
 
     Raises:
-        JsbError: The sha256 is not that of the public file (has both), or a split has not its number of chorales.
+        JsbError: The sha256 is not that of the public file (has both), or what is read is not its chorales.
     """
     path = pathlib.Path(path)
     return _parse(path.read_bytes(), path.suffix, os.fspath(path))
@@ -160,11 +188,22 @@ def _parse(content: bytes, suffix: str, origin: str) -> dict[str, tuple[np.ndarr
         split: tuple(check_grid(np.asarray(piece).astype(np.int32)) for piece in pieces[split])
         for split in NUM_CHORALES
     }
-    _check_counts(splits, origin)
+    _check_grids(splits, origin)
     return splits
 
 
-def _check_counts(splits: dict[str, tuple[np.ndarray, ...]], origin: str) -> None:
-    found = {split: len(grids) for split, grids in splits.items()}
-    if found != NUM_CHORALES:
-        raise JsbError(f"{origin} has {found} chorales, expected {NUM_CHORALES}; remove it and get it again.")
+def _check_grids(splits: dict[str, tuple[np.ndarray, ...]], origin: str) -> None:
+    found, counts = _digest(splits), {split: len(grids) for split, grids in splits.items()}
+    if found != GRIDS_SHA256:
+        raise JsbError(
+            f"{origin} has {counts} chorales, their sha256 is {found}; expected {NUM_CHORALES} and {GRIDS_SHA256}."
+        )
+
+
+def _digest(splits: dict[str, tuple[np.ndarray, ...]]) -> str:
+    """sha256 over the grids of train, valid and test, each its length in 4 little-endian bytes and its int8 values."""
+    digest = hashlib.sha256()
+    for split in NUM_CHORALES:
+        for grid in splits[split]:
+            digest.update(len(grid).to_bytes(4, "little") + grid.astype(np.int8).tobytes())
+    return digest.hexdigest()

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import pathlib
+import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -22,10 +24,17 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(jsb_chorales, "NUM_CHORALES", {"train": 3, "valid": 2, "test": 1})
     pieces = _pieces(jsb_chorales.NUM_CHORALES)
     pieces["train"][0][1][2] = -1
+    monkeypatch.setattr(jsb_chorales, "GRIDS_SHA256", _grids_sha256(pieces))
     folder = tmp_path / "jsb"
     folder.mkdir()
     _write_json(folder, pieces, monkeypatch)
     return pieces, folder
+
+
+def _grids_sha256(pieces):
+    grids = [grid for split in ("train", "valid", "test") for grid in pieces[split]]
+    content = b"".join(struct.pack(f"<i{4 * len(grid)}b", len(grid), *sum(grid, [])) for grid in grids)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_json(folder, pieces, monkeypatch):
@@ -43,11 +52,73 @@ def _assert_equal(splits, pieces):
             np.testing.assert_array_equal(grid, piece)
 
 
-def test_builder_prepares_once_and_reads_in_order(small, tmp_path):
+def test_builder_prepares_once_and_reads_in_order(small, tmp_path, monkeypatch):
     pieces, folder = small
     _assert_equal(jsb_chorales.load_jsb(folder, tmp_path / "cache"), pieces)
-    (folder / "Jsb16thSeparated.json").unlink()
+    monkeypatch.setattr(jsb_chorales, "download", lambda: pytest.fail("the prepared data set was not used"))
+    _assert_equal(jsb_chorales.load_jsb(None, tmp_path / "cache"), pieces)
+
+
+def test_source_is_checked_also_when_prepared(small, tmp_path):
+    pieces, folder = small
+    jsb_chorales.load_jsb(folder, tmp_path / "cache")
+    with pytest.raises(JsbError, match=r"no Jsb16thSeparated\.json or .* in .*nowhere"):
+        jsb_chorales.load_jsb(tmp_path / "nowhere", tmp_path / "cache")
+    with (folder / "Jsb16thSeparated.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(JsbError, match="is truncated or altered"):
+        jsb_chorales.load_jsb(folder, tmp_path / "cache")
+
+
+def test_altered_cache(small, tmp_path, monkeypatch):
+    """As many chorales, one pitch of one of them changed."""
+    pieces, folder = small
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        other = json.loads(json.dumps(pieces))
+        other["test"][0][2][3] = 36 if other["test"][0][2][3] != 36 else 37
+        patch.setattr(jsb_chorales, "GRIDS_SHA256", _grids_sha256(other))
+        _write_json(folder, other, patch)
+        jsb_chorales.load_jsb(folder, cache)
+    found = _grids_sha256(other)
+    with pytest.raises(JsbError, match=rf"jsb_chorales/1\.0\.0 is damaged or altered .*{found}.*; remove it"):
+        jsb_chorales.load_jsb(None, cache)
+    shutil.rmtree(cache / "jsb_chorales" / "1.0.0")
+    _write_json(folder, pieces, monkeypatch)
+    _assert_equal(jsb_chorales.load_jsb(folder, cache), pieces)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "jsb_chorales-valid.array_record-00000-of-00001"])
+def test_damaged_cache(small, tmp_path, name):
+    pieces, folder = small
+    jsb_chorales.load_jsb(folder, tmp_path)
+    (tmp_path / "jsb_chorales" / "1.0.0" / name).write_bytes(b"damaged")
+    with pytest.raises(JsbError, match=r"jsb_chorales/1\.0\.0 is damaged .*; remove it"):
+        jsb_chorales.load_jsb(None, tmp_path)
+
+
+def test_two_processes_prepare_at_once(small, tmp_path, monkeypatch):
+    """The second one starts and ends while the first one prepares."""
+    pieces, folder = small
+    generate, calls = jsb_chorales.JsbChorales._split_generators, []
+
+    def interrupted(builder, dl_manager):
+        calls.append(builder)
+        if len(calls) == 1:
+            _assert_equal(jsb_chorales.load_jsb(folder, tmp_path / "cache"), pieces)
+        return generate(builder, dl_manager)
+
+    monkeypatch.setattr(jsb_chorales.JsbChorales, "_split_generators", interrupted)
     _assert_equal(jsb_chorales.load_jsb(folder, tmp_path / "cache"), pieces)
+    assert len(calls) == 2
+    assert [path.name for path in (tmp_path / "cache" / "jsb_chorales").iterdir()] == ["1.0.0"]
+
+
+def test_folder_that_cannot_be_written(small, tmp_path):
+    pieces, folder = small
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        jsb_chorales.load_jsb(folder, tmp_path / "file")
 
 
 def test_npz_form_equals_json_form(small, tmp_path, monkeypatch):
@@ -91,9 +162,17 @@ def test_wrong_counts(small, monkeypatch):
         jsb_chorales.read_source(folder / "Jsb16thSeparated.json")
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(JsbError, match=r"no Jsb16thSeparated\.npz or Jsb16thSeparated\.json in"):
-        jsb_chorales.load_jsb(tmp_path / "nowhere", tmp_path / "cache")
+def test_find_source(tmp_path):
+    with pytest.raises(JsbError, match=r"no Jsb16thSeparated\.json or Jsb16thSeparated\.npz in .*nowhere"):
+        jsb_chorales.find_source(tmp_path / "nowhere")
+    with pytest.raises(JsbError, match="data_dir='' is empty"):
+        jsb_chorales.find_source("")
+    (tmp_path / "jsb").mkdir()
+    pickled, plain = tmp_path / "Jsb16thSeparated.npz", tmp_path / "jsb" / "Jsb16thSeparated.json"
+    pickled.touch()
+    assert jsb_chorales.find_source(tmp_path) == pickled
+    plain.touch()
+    assert jsb_chorales.find_source(tmp_path) == plain
 
 
 @pytest.mark.skipif("JAXAUDIO_DATA" not in os.environ, reason="JAXAUDIO_DATA names no folder with the JSB chorales")
