@@ -143,7 +143,8 @@ def grid_score(path: str | os.PathLike) -> np.ndarray:
     """One score as a grid (T, 4) int32 of S A T B, T up to the end of the score.
 
     Raises:
-        ChoraleError: The score has not four parts, a part sounds two notes at once, or a pitch lies outside 36..81.
+        ChoraleError: The score has not four parts or no notes, a part sounds two notes at once, or a pitch lies outside
+            36..81.
     """
     import music21
 
@@ -160,6 +161,8 @@ def grid_score(path: str | os.PathLike) -> np.ndarray:
             if (grid[start:end, voice] != REST).any() or len(note.pitches) != 1:
                 raise ChoraleError(f"part {voice} sounds two notes at once at quarter {float(note.offset):g}")
             grid[start:end, voice] = note.pitches[0].midi
+    if (grid == REST).all():
+        raise ChoraleError("no notes")
     return check_grid(grid)
 
 
@@ -256,10 +259,10 @@ def _write_cache(path: pathlib.Path, results: Mapping[str, np.ndarray | str]) ->
 def _read_cache(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            grids = np.split(arrays["steps"], np.cumsum(arrays["num_steps"])[:-1])
+            *grids, _ = np.split(arrays["steps"], np.cumsum(arrays["num_steps"]))  # nothing follows the last grid
             names = arrays["names"].tolist()
             unusable = dict(zip(arrays["unusable"].tolist(), arrays["reasons"].tolist(), strict=True))
-        return {name: check_grid(grid) for name, grid in zip(names, grids, strict=True) if len(grid)}, unusable
+        return {name: check_grid(grid) for name, grid in zip(names, grids, strict=True)}, unusable
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and the scores are parsed again.") from error
 

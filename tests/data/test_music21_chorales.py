@@ -59,6 +59,8 @@ def test_unusable_scores(tmp_path):
         music21_chorales.grid_score(_write_score(tmp_path / "three.xml", HELD, HELD, HELD))
     with pytest.raises(ChoraleError, match="more than 4 parts: 5"):
         music21_chorales.grid_score(_write_score(tmp_path / "five.xml", *[HELD] * 5))
+    with pytest.raises(ChoraleError, match="no notes"):
+        music21_chorales.grid_score(_write_score(tmp_path / "silent.xml", *[[(None, 8)]] * 4))
     with pytest.raises(ChoraleError, match="Pitch 84 of the alto at step 0"):
         music21_chorales.grid_score(_write_score(tmp_path / "high.xml", HELD, [(84, 8)], HELD, HELD))
 
@@ -91,6 +93,18 @@ def test_processes_parse_the_package(monkeypatch, tmp_path):
     cache.write_bytes(cache.read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{cache.name} is damaged .*remove it"):
         music21_chorales.load_music21(tmp_path)
+
+
+def test_silent_score_has_a_reason(monkeypatch, tmp_path):
+    """Also when it is the only one, and no grid is left to cache."""
+    scores = [_write_score(tmp_path / "silent.xml", *[[(None, 8)]] * 4)]
+    monkeypatch.setattr(music21_chorales, "score_paths", lambda: scores)
+    with pytest.raises(ValueError, match=r"None of 1 scores .* usable chorale: {'silent\.xml': 'no notes'}"):
+        music21_chorales.load_music21(tmp_path / "alone", progress=lambda *_: None)
+    scores.append(_write_score(tmp_path / "sounding.xml", *[HELD] * 4))
+    result = music21_chorales.load_music21(tmp_path / "both", progress=lambda *_: None)
+    assert result.unusable == {"silent.xml": "no notes"}
+    assert sum(result.names.values(), ()) == ("sounding.xml",)
 
 
 def test_failing_process_and_bad_arguments(tmp_path):
