@@ -11,6 +11,11 @@ where n(c) is how often the context c occurs. There is one weight w per rung and
 by expectation maximisation on the training chorales, each scored with its own counts taken away.
 
 On the JSB split this gives 2.611, 0.934, 0.709, 0.585 nats per token for valid and 2.639, 0.983, 0.741, 0.600 for test.
+The last rung is stronger than the sanity figures this project started from, 0.714 for valid and 0.735 for test, whose
+other rungs agree with these to 0.005. Its long contexts are rare and often new, so it matters there that a weight
+depends on n(c) and that a context never seen leaves all to the rung below: one weight for all contexts, new ones
+included, gives 0.690 and 0.712, and one for all contexts seen 0.592 and 0.607.
+
 It is a yardstick, not the best n-gram: a level with the current partial chord alone between the last two rungs brings
 0.540 and 0.558.
 """
