@@ -5,7 +5,6 @@ transparent and text is one mid grey, readable on light and dark pages; `to_svg`
 text colour. Series colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
+from jaxaudio.data.chorales import VOICES
 from jaxaudio.data.midi import Note
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 INK = "#7b8087"  # also the marker that to_svg replaces, so no series uses it
-VOICES = ("soprano", "alto", "tenor", "bass")
 
 _PITCH_CLASSES = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")
 
@@ -218,18 +217,6 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def to_png(figure: Figure, *, dots_per_inch: int = 150) -> bytes:
-    """The figure as a PNG file on a transparent ground."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch, transparent=True)
-    return buffer.getvalue()
-
-
-def to_png_data_uri(figure: Figure, *, dots_per_inch: int = 150) -> str:
-    """The figure as a PNG in a `data:` address."""
-    return "data:image/png;base64," + base64.b64encode(to_png(figure, dots_per_inch=dots_per_inch)).decode("ascii")
 
 
 def pitch_name(pitch: int) -> str:

@@ -160,11 +160,6 @@ def test_svg_is_one_element_that_takes_the_text_colour():
     assert svg == plots.to_svg(plots.piano_roll(NOTES, title="Bach & <sons>"))
 
 
-def test_png_data_uri():
-    uri = plots.to_png_data_uri(plots.piano_roll(NOTES), dots_per_inch=40)
-    assert uri.startswith("data:image/png;base64,iVBORw0KGgo")  # the PNG signature in base 64
-
-
 @pytest.mark.parametrize(("pitch", "name"), [(60, "C4"), (69, "A4"), (21, "A0"), (108, "C8"), (0, "C-1"), (61, "C♯4")])
 def test_pitch_names(pitch, name):
     assert plots.pitch_name(pitch) == name
