@@ -1,6 +1,7 @@
 """What a run on chorales leaves behind: music, pictures and its page."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -71,8 +72,8 @@ def write_music(
     rows = generate(
         model,
         params,
-        init_cache(model.config, len(prompts), num_tokens),
         key,
+        init_cache=functools.partial(init_cache, model.config),
         prompts=prompts,
         length=num_tokens,
         sampling=make_sampling(len(prompts), temperature=temperature),
@@ -91,8 +92,25 @@ def write_music(
     return pieces
 
 
-def attention_figure(model: MusicTransformer, params: Any, piece: Piece, query: int) -> page.Figure:
-    """The paper's Figs. 8 and 9: where the last layer's heads look when token `query` of a piece is predicted."""
+def check_samples(config: Any) -> None:
+    """Checks the config fields that `finish` uses, before any training.
+
+    Raises:
+      ValueError: prime_tokens or sample_tokens are no whole steps of four voices, or the prime fills the sample.
+    """
+    for name in ("prime_tokens", "sample_tokens"):
+        if getattr(config, name) < NUM_VOICES or getattr(config, name) % NUM_VOICES:
+            raise ValueError(f"{name} must be a positive multiple of {NUM_VOICES}, got {getattr(config, name)}")
+    if config.prime_tokens >= config.sample_tokens:
+        raise ValueError(f"prime_tokens {config.prime_tokens} must be less than sample_tokens {config.sample_tokens}")
+
+
+def attention_figure(model: MusicTransformer, params: Any, piece: Piece, middle: int) -> page.Figure:
+    """The paper's Figs. 8 and 9: where the last layer's heads look when a note of a piece is predicted.
+
+    The note is the one at token `middle`, or the nearest to it where that is a rest.
+    """
+    query = min(np.flatnonzero(piece.tokens > REST_TOKEN).tolist(), key=lambda index: abs(index - middle))
     # Only the forms that store the weights can show them; they compute the same function as the blockwise one.
     transformer = dataclasses.replace(model.config.transformer, relative_form="skew")
     dense = MusicTransformer(dataclasses.replace(model.config, transformer=transformer))
@@ -121,6 +139,7 @@ def attention_figure(model: MusicTransformer, params: Any, piece: Piece, query: 
 
 def finish(
     workdir: pathlib.Path,
+    checkpoint: pathlib.Path,
     model: MusicTransformer,
     key: jax.Array,
     *,
@@ -136,7 +155,8 @@ def finish(
     """After training: exports the parameters, fits the n-grams, writes 4 chorales and the continuations, and the page.
 
     Args:
-      workdir: the run's folder, with a checkpoint.
+      workdir: the run's folder.
+      checkpoint: the step that was evaluated.
       model: whose parameters the checkpoint has.
       key: of all samples.
       config: of the run; its prime_tokens, sample_tokens and temperature are used here.
@@ -149,7 +169,7 @@ def finish(
       card: with the result in it.
     """
     parameters = workdir / "parameters.safetensors"
-    export_checkpoint(workdir / "checkpoints", parameters, ema=ema)
+    export_checkpoint(checkpoint, parameters, ema=ema)
     params = to_tree(load(parameters))
     rungs = {rung.name: rung.nats_per_token for rung in ladder(tokens["train"], tokens[split])}
     best = min(rungs, key=rungs.get)
@@ -167,14 +187,15 @@ def finish(
         num_tokens=config.sample_tokens,
         temperature=config.temperature,
     )
-    attention = []
-    if model.config.transformer.positions == "relative":
+    attention, transformer = [], model.config.transformer
+    if (transformer.positions, transformer.attention) == ("relative", "causal"):
         attention = [attention_figure(model, params, pieces[-1], (config.prime_tokens + config.sample_tokens) // 2)]
+    length = f"Samples have {config.sample_tokens} tokens, windows in training {config.length}."
     path = write_page(
         workdir,
         title=card.system,
         headline=headline,
-        about=about,
+        about=f"{about} {length}",
         card=card,
         config=config_lib.to_json(config),
         ladder=rungs,
@@ -220,7 +241,7 @@ def write_page(
                 ),
             ),
             page.Section("Training", (page.Figure(curves, alt="Training and held-out loss over steps."),)),
-            page.Section("Continuations of held-out chorales", _music(continued)),
+            page.Section("Continuations of held-out chorales", (_side_by_side(continued), *_music(continued))),
             page.Section("New chorales", _music(new)),
             *([page.Section("Attention", tuple(attention))] if attention else []),
             page.Section("Card", (card,)),
@@ -228,6 +249,14 @@ def write_page(
         ],
     )
     return workdir / "report.html"
+
+
+def _side_by_side(pieces: Sequence[Piece]) -> page.Figure:
+    rolls = [plots.Roll(piece.notes, piece.prime_end_s, piece.name) for piece in pieces]
+    figure = plots.roll_grid({"this model": rolls})
+    return page.Figure(
+        figure, alt="Piano rolls of all continuations.", caption="All on one scale, as Fig. 4 of the paper."
+    )
 
 
 def _music(pieces: Sequence[Piece]) -> tuple[page.Block, ...]:

@@ -1,11 +1,11 @@
-"""Music Transformer on the JSB chorales: every row of Table 2, and a small one that a CPU trains.
+r"""Music Transformer on the JSB chorales: every row of Table 2, and a small one that a CPU trains.
 
 Paper: Huang et al. 2018, Music Transformer, https://arxiv.org/abs/1809.04281, Table 2 (validation
        NLL in nats per token)
 Run:   python -m experiments.music_transformer_jsb --workdir runs/jsb --set row=relative data_dir=FOLDER
 CPU:   python -m experiments.music_transformer_jsb --workdir runs/jsb_small --set row=small data_dir=FOLDER
-Pod:   python -m experiments.music_transformer_jsb --workdir gs://... --set row=relative mesh=data:16,fsdp:16 rules=FSDP
-       batch_size=256 distributed=true     (the same command on every host)
+Pod:   python -m experiments.music_transformer_jsb --workdir /mnt/shared/jsb --set row=relative data_dir=FOLDER \
+       mesh=data:16,fsdp:16 rules=FSDP batch_size=256 distributed=true     (the same command on every host)
 """
 
 import dataclasses
@@ -78,6 +78,12 @@ class Config:
     prime_tokens: int = 128
     sample_tokens: int = 512
     temperature: float = 0.95
+
+    def __post_init__(self):
+        chorale_report.check_samples(self)
+        for field, ours in (("num_steps", self.num_steps), ("hidden_dim", self.model.transformer.embed_dim)):
+            if getattr(self.optimizer, field) not in (None, ours):
+                raise ValueError(f"optimizer.{field} is {getattr(self.optimizer, field)}, but the run's own {ours}")
 
 
 PLACEMENT = ("data_dir", "cache_dir", "mesh", "rules", "cpu_devices", "distributed")
@@ -185,6 +191,10 @@ def main(config: Config, workdir: pathlib.Path) -> None:
     grids = load_jsb(config.data_dir, pathlib.Path(config.cache_dir).expanduser())
     tokens = {split: [encode_grid(grid) for grid in pieces] for split, pieces in grids.items()}
     shard, num_shards = sharding.process_shard(mesh, rules)
+    if config.batch_size % num_shards:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of the {num_shards} processes that read data"
+        )
     rows = {"process_index": shard, "process_count": num_shards, "batch_size": config.batch_size // num_shards}
     batches = chorale_batches(
         tokens["train"], length=config.length, seed=config.seed, transpose=config.transpose, **rows
@@ -222,7 +232,8 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         batches = evaluation_batches(tokens[split], length=config.length, **rows)
         return mean_metrics(eval_step(state.eval_params, put(batch)) for batch in batches)
 
-    print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
+    if jax.process_index() == 0:
+        print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
     checkpoints = Checkpointer(workdir / "checkpoints", config=config_lib.to_dict(config))
     with sharding.use(mesh, rules), checkpoints, MetricsWriter(workdir, checkpoints.latest_step or 0) as writer:
         if checkpoints.latest_step == config.num_steps and (workdir / "report.html").exists():
@@ -243,11 +254,14 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
         )
+        best = checkpoints.best_step  # the paper's early stopping
+        state = checkpoints.restore(state, step=best)
         result = {split: evaluate(state, split)["loss"] for split in ("valid", "test")}
     if jax.process_index() == 0:
         card = next(card for card in CARDS if card.command.endswith(f"row={config.row}"))
         chorale_report.finish(
             workdir,
+            workdir / "checkpoints" / str(best),
             model,
             sample_key,
             config=config,
@@ -262,7 +276,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
                 card,
                 reached=result["valid"],
                 status="trained by this run",
-                steps=config.num_steps,
+                steps=best,
                 hardware=f"{mesh.size} x {jax.devices()[0].device_kind}",
             ),
         )

@@ -68,6 +68,7 @@ class Config:
             mlp_dim=512,
             positions="relative",
             max_distance=128,
+            block_size=64,
             dropout_rate=0.1,
             mlp_dropout_rate=0.1,
             dropout_generator="hash",
@@ -100,6 +101,11 @@ class Config:
     prime_tokens: int = 128
     sample_tokens: int = 512
     temperature: float = 0.9
+
+    def __post_init__(self):
+        chorale_report.check_samples(self)
+        if self.optimizer.num_steps not in (None, self.num_steps):
+            raise ValueError(f"num_steps is {self.num_steps}, but optimizer.num_steps {self.optimizer.num_steps}")
 
 
 def main(config: Config, workdir: pathlib.Path) -> None:
@@ -170,10 +176,12 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
         )
-        nats = evaluate(state, "test")["loss"]
+        best = checkpoints.best_step
+        nats = evaluate(checkpoints.restore(state, step=best), "test")["loss"]
     seconds = time.perf_counter() - started
     chorale_report.finish(
         workdir,
+        workdir / "checkpoints" / str(best),
         model,
         sample_key,
         config=config,
@@ -185,14 +193,14 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         ),
         nats=nats,
         about=f"music21 {chorales.music21_version}: {chorales.description}. {len(tokens['train'])} chorales trained "
-        f"the model, {len(tokens['valid'])} are the held-out curve below, {len(tokens['test'])} are evaluated here. "
-        "The n-grams are fitted on the same training chorales and see the whole piece so far; the model sees at most "
-        f"{config.length} tokens.",
+        f"the model, {len(tokens['valid'])} are the held-out curve below and chose step {best}, {len(tokens['test'])} "
+        "are evaluated here. The n-grams are fitted on the same training chorales and see the whole piece so far; the "
+        f"model sees at most {config.length} tokens.",
         card=dataclasses.replace(
             CARDS[0],
             reached=nats,
             status="trained by this run",
-            steps=config.num_steps,
+            steps=best,
             hardware=f"{mesh.size} x {jax.devices()[0].device_kind}, {seconds / 60:.1f} minutes in the last start",
         ),
     )

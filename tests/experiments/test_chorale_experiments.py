@@ -21,7 +21,9 @@ from experiments import __main__ as cards
 from experiments import chorale_report, music_transformer_jsb, quickstart
 from jaxaudio import config as configs
 from jaxaudio.convert.export import inspect_checkpoint, load, to_tree
+from jaxaudio.data.chorales import decode_tokens, grid_to_notes, read_chorale_midi
 from jaxaudio.data.midi import read_midi
+from jaxaudio.data.music21_chorales import Music21Chorales
 from jaxaudio.models.music_transformer import MusicTransformer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,8 +66,9 @@ def losses(workdir):
 def test_every_row_trains_two_steps(row, jsb, monkeypatch, tmp_path):
     results = []
     monkeypatch.setattr(chorale_report, "finish", lambda *_, nats, card, **__: results.append((nats, card)))
-    warmup = [] if music_transformer_jsb.ROWS[row].optimizer.hidden_dim is None else ["optimizer.hidden_dim=16"]
-    config = configs.override(music_transformer_jsb.ROWS[row], [*TINY, *warmup])
+    schedule = "optimizer.hidden_dim=16" if row != "small" else "optimizer.num_steps=2"
+    warmup = "optimizer.warmup_steps=1"
+    config = configs.override(music_transformer_jsb.ROWS[row], [*TINY, schedule, warmup])
     music_transformer_jsb.main(config, tmp_path)
     [(nats, card)] = results
     assert row in card.system
@@ -82,7 +85,7 @@ def test_a_finished_run_has_music_parameters_and_a_page(jsb, tmp_path, capsys):
     assert all(read_midi(path) for path in midi)
     text = (tmp_path / "report.html").read_text()
     assert text.count("<audio") == 6
-    assert text.count("<svg") == 9  # ladder, losses, six rolls, attention
+    assert text.count("<svg") == 10  # ladder, losses, six rolls, the two continuations side by side, attention
     assert not re.search(r'(?:src|href)="https?:', text)
     html.parser.HTMLParser().feed(text)
 
@@ -102,6 +105,55 @@ def test_a_finished_run_has_music_parameters_and_a_page(jsb, tmp_path, capsys):
     assert "complete" in capsys.readouterr().out
 
 
+def test_quickstart_from_scores_to_page_and_again(monkeypatch, tmp_path, capsys):
+    splits = {"train": chorales(16, 0), "valid": chorales(4, 1), "test": chorales(3, 2)}
+    names = {split: tuple(f"bwv{number}.mxl" for number in range(len(grids))) for split, grids in splits.items()}
+    monkeypatch.setattr(quickstart, "load_music21", lambda _: Music21Chorales(splits, names, {}, "0"))
+    tiny = [*TINY, "optimizer.num_steps=2", "optimizer.warmup_steps=1"]
+    config = configs.override(quickstart.Config(), tiny)
+    quickstart.main(config, tmp_path)
+    assert "best n-gram" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "samples").glob("*.mid")} == {
+        *(f"chorale_{number}.mid" for number in range(1, 5)),
+        "continuation_of_bwv0.mid",
+        "continuation_of_bwv1.mid",
+    }
+    assert "not the JSB split" in (tmp_path / "report.html").read_text()
+    # The continuation begins with its prime: 16 tokens are 4 steps of the held-out chorale.
+    grid = read_chorale_midi(tmp_path / "samples" / "continuation_of_bwv0.mid")
+    np.testing.assert_array_equal(grid[:4], splits["test"][0][:4])
+
+    quickstart.main(config, tmp_path)
+    assert "complete" in capsys.readouterr().out
+    (tmp_path / "report.html").unlink()
+    quickstart.main(config, tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_attention_is_drawn_for_a_note_when_the_middle_is_a_rest():
+    config = configs.override(music_transformer_jsb.ROWS["relative"], [*TINY, "optimizer.hidden_dim=16"])
+    model = MusicTransformer(config.model)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+    tokens = np.array([*[30] * 8, *[1] * 8, *[31] * 4])
+    piece = chorale_report.Piece("piece", tokens, grid_to_notes(decode_tokens(tokens)), np.zeros(1), None)
+    assert chorale_report.attention_figure(model, params, piece, 12).figure.axes
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        (["prime_tokens=18"], "prime_tokens must be a positive multiple of 4, got 18"),
+        (["prime_tokens=48"], "prime_tokens 48 must be less than sample_tokens 48"),
+        (["num_steps=3"], "3"),
+    ],
+)
+def test_fields_that_do_not_fit_are_errors_before_training(override, match):
+    tiny = [text for text in TINY if text.split("=")[0] != override[0].split("=")[0]]
+    schedule = ["optimizer.num_steps=2", "optimizer.warmup_steps=1"]
+    with pytest.raises(configs.ConfigError, match=match):
+        configs.override(quickstart.Config(), [*tiny, *schedule, *override])
+
+
 SCRIPT = """
 import pathlib, sys
 from jaxaudio import sharding
@@ -112,7 +164,8 @@ from tests.experiments.test_chorale_experiments import TINY, chorales
 music_transformer_jsb.load_jsb = lambda *_: {"train": chorales(16, 0), "valid": chorales(4, 1), "test": chorales(3, 2)}
 chorale_report.finish = lambda *_, **__: None
 overrides = [text for text in TINY if "num_steps" not in text and "batch_size" not in text]
-overrides += ["num_steps=40", "batch_size=2", "checkpoint_every=7", "evaluate_every=20", "optimizer.num_steps=101"]
+overrides += ["num_steps=40", "batch_size=2", "checkpoint_every=7", "evaluate_every=20"]
+overrides += ["optimizer.num_steps=40", "optimizer.warmup_steps=1"]
 config = config.override(music_transformer_jsb.ROWS["small"], overrides)
 music_transformer_jsb.main(config, pathlib.Path(sys.argv[1]))
 """
@@ -134,7 +187,7 @@ def test_a_killed_run_ends_with_the_metrics_of_an_uninterrupted_one(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert start(killed).wait(timeout=300) == 0
-    assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes(), f"killed after step {stop_at}"
 
 
 def test_cards_name_their_rows_and_values_have_evidence():
