@@ -294,13 +294,12 @@ def _read_arrays(folder: pathlib.Path, part: str, pieces: list[_Piece]) -> Itera
     """Each piece with its array; a leaf is read when its first piece comes, and dropped before the next leaf."""
     from orbax.checkpoint import v1 as ocp
 
-    # By default every process of a run waits for all others, but only this one may be exporting.
-    process = ocp.multihost.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix="export"
-    )
-    context = ocp.Context(multiprocessing_options=alone)
+    context = ocp.Context()
     context.pytree.loading.partial_load = True
+    # By default every process of a run waits for all others, but only this one may be exporting.
+    context.multiprocessing.primary_host = ocp.multihost.process_index()
+    context.multiprocessing.active_processes = {ocp.multihost.process_index()}
+    context.multiprocessing.barrier_sync_key_prefix = "export"
     for leaf, group in itertools.groupby(pieces, key=lambda piece: piece.leaf):
         group = list(group)
         # An array in place of a shape asks for numpy, whatever devices it was saved from; this one takes no memory.

@@ -22,9 +22,14 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 def test_a_failure_leaves_the_former_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("former")
-    with pytest.raises(OSError, match="No space"), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
+
+    def fail_halfway():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail_halfway()
     assert path.read_text() == "former"
     assert list(tmp_path.iterdir()) == [path]
 

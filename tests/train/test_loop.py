@@ -16,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_run
+from process_pair import run_pair
 
 from jaxaudio import sharding
 from jaxaudio.train.checkpoint import Checkpointer
@@ -187,6 +188,17 @@ def test_keep_best_is_chosen_by_the_evaluation(tmp_path):
     with Checkpointer(tmp_path / "checkpoints", config={}) as checkpointer:
         assert checkpointer.best_step == 4
         assert checkpointer.steps == (4, 8, 10)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_and_the_first_exports_it_alone(tmp_path):
+    first, second = run_pair("two_process_run.py", tmp_path)
+    assert (first["step"], second["step"]) == (4, 4)
+    assert first["exported"] == ["Embed_0/embedding", "down/kernel", "up/bias", "up/kernel"]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    files = ["checkpoints", "config.json", "metrics.jsonl", "parameters.safetensors", "parameters.safetensors.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "tensorboard", "timings.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_each_batch_is_put_on_the_devices_as_asked_before_its_step(tmp_path):

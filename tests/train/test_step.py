@@ -1,10 +1,4 @@
-import json
-import os
-import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -13,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import toy_model as toy
+from process_pair import run_pair
 
 from jaxaudio import sharding
 from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -205,21 +200,7 @@ def test_errors():
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = pathlib.Path(__file__).with_name("two_processes.py")
-    root = str(script.parents[2])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": root}
-    processes = [
-        subprocess.Popen([sys.executable, script, address, str(i)], stdout=subprocess.PIPE, text=True, env=environment)
-        for i in range(2)
-    ]
-    try:
-        first, second = (json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
+    first, second = run_pair("two_processes.py")
     assert (first["data:2,fsdp:2"]["shard"], second["data:2,fsdp:2"]["shard"]) == ([0, 2], [1, 2])
     assert (first["model:4"]["shard"], second["model:4"]["shard"]) == ([0, 1], [0, 1])
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2))
