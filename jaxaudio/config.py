@@ -103,11 +103,11 @@ def claim_workdir(config: Any, workdir: pathlib.Path, *, may_change: Sequence[st
     path = workdir / "config.json"
     has_checkpoint = any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*"))
     if has_checkpoint and path.exists():
-        before, now = (_leaves(mapping) for mapping in (json.loads(path.read_text()), to_dict(config)))
+        names = differences(json.loads(path.read_text()), to_dict(config))
         changed = [
-            f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
-            for name in sorted({*before, *now})
-            if name.split(".")[0] not in may_change and before.get(name) != now.get(name)
+            f"{name}: {there!r} there, {now!r} now"
+            for name, (there, now) in names.items()
+            if name.split(".")[0] not in may_change
         ]
         if changed:
             raise ConfigError(
@@ -119,6 +119,16 @@ def claim_workdir(config: Any, workdir: pathlib.Path, *, may_change: Sequence[st
     temporary = path.with_name(f".config.{socket.gethostname()}.{os.getpid()}.json")
     temporary.write_text(to_json(config))
     temporary.replace(path)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields whose values differ between two `to_dict` results, with both values, by name.
+
+    A field that one of them lacks has the value "absent" there.
+    """
+    before, now = _leaves(before), _leaves(now)
+    pairs = {name: (before.get(name, "absent"), now.get(name, "absent")) for name in sorted({*before, *now})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

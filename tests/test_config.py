@@ -261,3 +261,8 @@ def test_a_folder_with_a_checkpoint_belongs_to_one_config(tmp_path):
         configs.claim_workdir(Run(Model(5), "data:8"), folder)
     assert claimed() == Run(mesh="data:8")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_differences_name_both_values():
+    before, now = {"a": 1, "b": {"c": 2, "d": [3]}}, {"a": 1, "b": {"c": 5, "d": [3]}, "e": None}
+    assert configs.differences(before, now) == {"b.c": (2, 5), "e": ("absent", None)}

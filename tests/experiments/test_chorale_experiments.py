@@ -72,6 +72,8 @@ def test_every_row_trains_two_steps(row, jsb, monkeypatch, tmp_path):
     music_transformer_jsb.main(config, tmp_path)
     [(nats, card)] = results
     assert row in card.system
+    assert "model.transformer.embed_dim=16" in card.command
+    assert "embed_dim=16" in card.deviations[-1]
     # Untrained, the loss is near that of guessing among 48 ids.
     assert all(abs(loss - np.log(48)) < 1.5 for loss in [nats, *losses(tmp_path)])
     assert len(losses(tmp_path)) == 2
