@@ -297,3 +297,18 @@ def test_what_is_no_stack_of_layers_is_refused(tmp_path, layers, message):
     save(tmp_path / "checkpoints", {"layers": layers})
     with pytest.raises(ExportError, match=message):
         export_checkpoint(tmp_path, tmp_path / "a.npz")
+
+
+def test_a_dtype_without_a_name_in_safetensors_is_refused(tmp_path):
+    save(tmp_path / "checkpoints", {"spectrum": jnp.zeros(2, jnp.complex64)})
+    with pytest.raises(ExportError, match="spectrum is complex64; safetensors has float64, float32, "):
+        export_checkpoint(tmp_path, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_without_parameters_is_refused(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save_checkpointables(tmp_path / "7", {"state": {"weights": jnp.zeros(2)}})
+    with pytest.raises(ExportError, match="7 is damaged or no checkpoint of a run: .* no readable tree with 'params'"):
+        inspect_checkpoint(tmp_path / "7")
