@@ -223,7 +223,7 @@ def write_page(
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     best = min(ladder, key=ladder.get)
     curves = plots.loss_curve(
-        metrics, {"training": "train/loss", "held out": "validation/loss"}, {f"n-gram: {best}": ladder[best]}
+        metrics, {"training": "train/loss", "held out": "validation/loss"}, {"best n-gram": ladder[best]}
     )
     numbers = tuple((name, f"{value:.4f}") for name, value in [*ladder.items(), *ours.items()])
     continued, new = ([p for p in pieces if (p.prime_end_s is None) == is_new] for is_new in (False, True))

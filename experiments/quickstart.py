@@ -86,8 +86,8 @@ class Config:
         clip_norm=1.0,
     )
     cache_dir: str = "~/.cache/jaxaudio"
-    length: int = 256
-    batch_size: int = 4
+    length: int = 512
+    batch_size: int = 2
     transpose: tuple[int, int] | None = (-5, 6)
     num_steps: int = 3000
     log_every: int = 20

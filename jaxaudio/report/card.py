@@ -72,7 +72,7 @@ def describe(card: Card) -> dict[str, str]:
         "Steps": f"{card.steps:,}",
         "Hardware": card.hardware or "none yet",
         "Command": card.command,
-        "Deviations": "; ".join(card.deviations),
+        "Deviations": " ".join(card.deviations),
     }
     if card.reported is not None and card.reached is not None:
         fields["Reached"] += f" ({card.reached - card.reported:+.3f} from the paper's)"
