@@ -11,6 +11,7 @@ Pod:   python -m experiments.music_transformer_jsb --workdir /mnt/shared/jsb --s
 import dataclasses
 import functools
 import pathlib
+import sys
 from typing import Literal
 
 import jax
@@ -21,13 +22,13 @@ from jaxaudio import config as config_lib
 from jaxaudio import sharding
 from jaxaudio.cli import raise_malloc_thresholds
 from jaxaudio.data.chorales import VOCAB_SIZE, encode_grid
-from jaxaudio.data.jsb_chorales import load_jsb
+from jaxaudio.data.jsb_chorales import JsbError, load_jsb
 from jaxaudio.data.pipelines import chorale_batches, evaluation_batches
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
 from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.report.card import Card
-from jaxaudio.train.checkpoint import Checkpointer
+from jaxaudio.train.checkpoint import Checkpointer, CheckpointError
 from jaxaudio.train.loop import MetricsWriter, train_loop
 from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxaudio.train.state import init_state, num_parameters
@@ -301,4 +302,7 @@ if __name__ == "__main__":
     sharding.split_cpu(config.cpu_devices)
     if config.distributed:
         jax.distributed.initialize()
-    main(config, workdir)
+    try:
+        main(config, workdir)
+    except (config_lib.ConfigError, sharding.ShardingError, JsbError, CheckpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

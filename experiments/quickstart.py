@@ -10,6 +10,7 @@ compares with the n-grams of the same run and with nothing else.
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from typing import Literal
 
@@ -27,7 +28,7 @@ from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformer
 from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.report.card import Card
-from jaxaudio.train.checkpoint import Checkpointer
+from jaxaudio.train.checkpoint import Checkpointer, CheckpointError
 from jaxaudio.train.loop import MetricsWriter, train_loop
 from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxaudio.train.state import init_state, num_parameters
@@ -210,4 +211,7 @@ if __name__ == "__main__":
     config, workdir = config_lib.parse_command_line(__doc__, Config())
     raise_malloc_thresholds()
     sharding.split_cpu(config.cpu_devices)
-    main(config, workdir)
+    try:
+        main(config, workdir)
+    except (config_lib.ConfigError, sharding.ShardingError, CheckpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

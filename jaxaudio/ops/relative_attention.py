@@ -79,7 +79,7 @@ def relative_attention_weights(
     if form not in ("gather", "skew"):
         raise ValueError(f"dense relative attention weights come from form 'gather' or 'skew', got {form!r}")
     query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    logits = _einsum("BTNH,BSNH->BNTS", query, key)
     relative = gather_relative_logits if form == "gather" else skew_relative_logits
     logits = logits + relative(query, embeddings)
     return masked_softmax(logits, causal_mask(*logits.shape[-2:])[None, None], bias)
@@ -93,7 +93,7 @@ def gather_relative_logits(
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     gathered = embeddings[:, jnp.clip(rows - 1 - distance, 0, rows - 1)]  # N T S H
     gathered = jnp.where((distance >= 0) & (distance < rows), gathered.transpose(0, 3, 1, 2), 0.0)
-    return jnp.einsum("BTNH,NHTS->BNTS", query, gathered, preferred_element_type=jnp.float32)
+    return _einsum("BTNH,NHTS->BNTS", query, gathered)
 
 
 def skew_relative_logits(query: Float[Array, "B T N H"], embeddings: Float[Array, "N R H"]) -> Float[Array, "B N T T"]:
@@ -103,7 +103,7 @@ def skew_relative_logits(query: Float[Array, "B T N H"], embeddings: Float[Array
     """
     batch, length, num_heads, _ = query.shape
     rows = min(length, embeddings.shape[1])
-    products = jnp.einsum("BTNH,NRH->BNTR", query, embeddings[:, -rows:], preferred_element_type=jnp.float32)
+    products = _einsum("BTNH,NRH->BNTR", query, embeddings[:, -rows:])
     padded = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length - rows + 1, 0)))
     return padded.reshape(batch, num_heads, length + 1, length)[:, :, 1:]
 
@@ -117,7 +117,7 @@ def cached_relative_logits(
     Future keys get whatever lies there; `cached_attention` masks them.
     """
     query = query * query.shape[-1] ** -0.5
-    products = jnp.einsum("BTNH,NRH->BNTR", query, embeddings, preferred_element_type=jnp.float32)
+    products = _einsum("BTNH,NRH->BNTR", query, embeddings)
     padded = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length, length)))
 
     def shifted(rows, i):
@@ -151,7 +151,7 @@ def pitch_time_logits(
     query = query * query.shape[-1] ** -0.5
 
     def looked_up(table, row):  # row (#B, T, S) indexes the table where it is in range
-        products = jnp.einsum("BTNH,NRH->BNTR", query, table, preferred_element_type=jnp.float32)
+        products = _einsum("BTNH,NRH->BNTR", query, table)
         size = table.shape[1]
         index = jnp.broadcast_to(jnp.clip(row, 0, size - 1)[:, None], (*products.shape[:3], row.shape[-1]))
         return jnp.where(((row >= 0) & (row < size))[:, None], jnp.take_along_axis(products, index, axis=-1), 0.0)
@@ -160,6 +160,13 @@ def pitch_time_logits(
     intervals = query_pitch[:, :, None] - key_pitch[:, None, :]
     by_time = looked_up(time_embeddings, (time_embeddings.shape[1] - 1 - steps)[None])
     return by_time + looked_up(pitch_embeddings, pitch_embeddings.shape[1] // 2 + intervals)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of 16- or 32-bit factors, summed in float32."""
+    if jax.default_backend() == "cpu":  # XLA has no 16-bit batched products with a 32-bit sum there
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _skew_block(x: jax.Array, num_keys: int) -> jax.Array:
@@ -196,14 +203,14 @@ def _local(query, key, value, embeddings, block, rate, dropout_key, generator):
     # Query t and key s of the rectangle are block + t - s apart, so the slab runs from 2 block - 1 down to -block.
     rows = min(embeddings.shape[1], 2 * block)
     slab = jnp.pad(embeddings[:, -rows:], ((0, 0), (2 * block - rows, block), (0, 0)))
-    relative = _skew_block(jnp.einsum("BNCTH,NWH->BNCTW", q, slab, preferred_element_type=jnp.float32), 2 * block)
-    logits = jnp.einsum("BNCTH,BNCSH->BNCTS", q, k, preferred_element_type=jnp.float32) + relative
+    relative = _skew_block(_einsum("BNCTH,NWH->BNCTW", q, slab), 2 * block)
+    logits = _einsum("BNCTH,BNCSH->BNCTS", q, k) + relative
     seen = jnp.broadcast_to(causal_mask(block, 2 * block), (num_blocks, block, 2 * block))
     seen &= (jnp.arange(num_blocks)[:, None, None] > 0) | (jnp.arange(2 * block)[None, None, :] >= block)
     weights = jax.nn.softmax(jnp.where(seen[None, None], logits, MASKED), axis=-1)
     if rate:
         weights = dropout_ops.dropout(dropout_key, weights, rate, generator)
-    out = jnp.einsum("BNCTS,BNCSH->BNCTH", weights.astype(v.dtype), v)
+    out = _einsum("BNCTS,BNCSH->BNCTH", weights.astype(v.dtype), v).astype(v.dtype)
     return out.transpose(0, 2, 3, 1, 4).reshape(batch, num_blocks * block, num_heads, -1)[:, :length]
 
 
@@ -242,9 +249,7 @@ def _blockwise_forward(spec, query, key, value, embeddings, dropout_key):
             normaliser = normaliser * shrink + weights.sum(axis=-1)
             if spec.dropout_rate:
                 weights = jnp.where(blocks.keep(dropout_key, weights.shape, i, j), weights, 0.0)
-            new = jnp.einsum(
-                "BNTS,BNSH->BNTH", weights.astype(v.dtype), blocks.read(v, j), preferred_element_type=jnp.float32
-            )
+            new = _einsum("BNTS,BNSH->BNTH", weights.astype(v.dtype), blocks.read(v, j))
             return new_maximum, normaliser, out * shrink[..., None] + new
 
         start = (jnp.full(lead, MASKED), jnp.zeros(lead), jnp.zeros((*lead, v.shape[-1])))
@@ -274,20 +279,20 @@ def _blockwise_backward(spec, residuals, d_out):
             d_q, d_key, d_value, d_table = carry
             k_j = blocks.read(k, j)
             weights = jnp.exp(blocks.logits(q_i, k_j, i, j, near) - log_z_i[..., None])
-            d_weights = jnp.einsum("BNTH,BNSH->BNTS", d_o_i, blocks.read(v, j), preferred_element_type=jnp.float32)
+            d_weights = _einsum("BNTH,BNSH->BNTS", d_o_i, blocks.read(v, j))
             kept = weights
             if spec.dropout_rate:
                 keep = blocks.keep(dropout_key, weights.shape, i, j)
                 grow = 1.0 / (1.0 - spec.dropout_rate)
                 kept, d_weights = jnp.where(keep, weights * grow, 0.0), jnp.where(keep, d_weights * grow, 0.0)
             d_logits = (weights * (d_weights - delta_i[..., None])).astype(q.dtype)
-            d_value = blocks.add(d_value, j, _outer("BNTS,BNTH->BNSH", kept.astype(q.dtype), d_o_i))
-            d_key = blocks.add(d_key, j, _outer("BNTS,BNTH->BNSH", d_logits, q_i))
-            d_q = d_q + _outer("BNTS,BNSH->BNTH", d_logits, k_j)
+            d_value = blocks.add(d_value, j, _einsum("BNTS,BNTH->BNSH", kept.astype(q.dtype), d_o_i))
+            d_key = blocks.add(d_key, j, _einsum("BNTS,BNTH->BNSH", d_logits, q_i))
+            d_q = d_q + _einsum("BNTS,BNSH->BNTH", d_logits, k_j)
             if near:
                 d_products = _unskew_block(d_logits)
-                d_q = d_q + _outer("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j, axis=1))
-                d_table = blocks.add_slab(d_table, i, j, _outer("BNTW,BNTH->BNWH", d_products, q_i))
+                d_q = d_q + _einsum("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j, axis=1))
+                d_table = blocks.add_slab(d_table, i, j, _einsum("BNTW,BNTH->BNWH", d_products, q_i))
             return d_q, d_key, d_value, d_table
 
         start = (jnp.zeros(q_i.shape), *rest)
@@ -304,10 +309,6 @@ def _blockwise_backward(spec, residuals, d_out):
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-def _outer(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 class _Blocks:
@@ -347,15 +348,10 @@ class _Blocks:
 
     def logits(self, q_i, k_j, i, j, near):
         """Scaled logits of a block pair; `near` pairs have distances below R, or touch the diagonal, or both."""
-        logits = jnp.einsum("BNTH,BNSH->BNTS", q_i, k_j, preferred_element_type=jnp.float32)
+        logits = _einsum("BNTH,BNSH->BNTS", q_i, k_j)
         if not near:
             return logits
-        products = jnp.einsum(
-            "BNTH,NWH->BNTW",
-            q_i,
-            self.slab(self.table, i, j, axis=1).astype(q_i.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        products = _einsum("BNTH,NWH->BNTW", q_i, self.slab(self.table, i, j, axis=1).astype(q_i.dtype))
         query = i * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 0)
         key = j * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 1)
         return jnp.where((query >= key)[None, None], logits + _skew_block(products, self.size), MASKED)

@@ -209,3 +209,23 @@ def test_an_unknown_override_lists_the_real_fields(module):
     assert done.returncode == 2
     assert "model.layers" in done.stderr
     assert "transformer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("mesh=data:3", "ShardingError: mesh 'data:3'"), ("data_dir=nowhere", "JsbError: There is no Jsb16thSeparated")],
+)
+def test_what_a_user_can_mend_is_one_line(tmp_path, override, message):
+    command = [sys.executable, "-m", "experiments.music_transformer_jsb", "--workdir", str(tmp_path / "run")]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [*command, "--set", "row=small", f"cache_dir={tmp_path}", override],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

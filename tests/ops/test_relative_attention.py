@@ -85,6 +85,22 @@ def test_form_equals_loop_forward_and_gradient(form, length, rows, block):
         np.testing.assert_allclose(ours, loop, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["gather", "skew", "blockwise", "local"])
+def test_16_bit_inputs_give_16_bit_outputs_and_gradients(form):
+    inputs = arrays(16, 9)
+    short = [x.astype(jnp.bfloat16) for x in inputs]
+
+    def loss(*inputs):
+        out = relative.relative_attention(*inputs, form=form, block_size=4)
+        return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*short)
+    assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    exact = loop_attention(*(np.asarray(x, np.float64) for x in short), block=4 if form == "local" else None)
+    # Queries, weights and outputs are each rounded to 8 bits, 2^-9 relative; values reach 3.
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.05)
+
+
 @pytest.mark.parametrize("generator", ["jax", "hash"])
 def test_blockwise_dropout_is_the_dense_dropout_of_its_block_masks(generator):
     length, block, rate, key = 12, 4, 0.3, jax.random.key(7)
