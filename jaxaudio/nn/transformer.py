@@ -103,10 +103,8 @@ class Attention(nn.Module):
 
     def _pitch_time_logits(self, query, query_pitch, query_step, key_pitch, key_step):
         # All distances within max_distance tokens, four to a step; all intervals of two octaves either way.
-        time, pitch = (
-            self._table("time_embeddings", -(-self.config.max_distance // 4)),
-            self._table("pitch_embeddings", 49),
-        )
+        time = self._table("time_embeddings", -(-self.config.max_distance // 4))
+        pitch = self._table("pitch_embeddings", 49)
         return relative_ops.pitch_time_logits(query, time, pitch, query_pitch, query_step, key_pitch, key_step)
 
     def _cached(self, query, cache, position, bias, pitches):
@@ -158,8 +156,9 @@ class Attention(nn.Module):
         config = self.config
         table = self._table("relative_embeddings", config.max_distance)
         form = "local" if config.attention == "local" else config.relative_form
-        if self.pitch_time or form in ("gather", "skew"):  # forms that store the weights
-            form = form if form in ("gather", "skew") else "skew"
+        if self.pitch_time and form == "blockwise":
+            form = "skew"  # pitch intervals need the logits stored
+        if form in ("gather", "skew"):
             bias = None
             if self.pitch_time:
                 step = jnp.arange(query.shape[1]) // 4
