@@ -1,4 +1,4 @@
-"""Projection, norm, dropout and token embedding: the layers that every stack is made of."""
+"""Projection, convolution, norm, dropout and token embedding: the layers that every stack is made of."""
 
 import math
 from typing import Any, Literal
@@ -6,14 +6,24 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxaudio.ops import dropout as dropout_ops
 from jaxaudio.ops.matmul import project
+
+KernelInit = Literal["xavier_uniform", "fan_in_normal"]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for a sharding of x by logical axes; nothing happens outside `sharding.use`."""
     return nn.with_logical_constraint(x, axes)
+
+
+def kernel_init(name: KernelInit, num_input_axes: int, rank: int) -> nn.initializers.Initializer:
+    """Initializer of a kernel whose first axes are its inputs."""
+    mode, distribution = {"xavier_uniform": ("fan_avg", "uniform"), "fan_in_normal": ("fan_in", "normal")}[name]
+    inputs, outputs = tuple(range(num_input_axes)), tuple(range(num_input_axes, rank))
+    return nn.initializers.variance_scaling(1.0, mode, distribution, in_axis=inputs, out_axis=outputs)
 
 
 class Projection(nn.Module):
@@ -27,6 +37,9 @@ class Projection(nn.Module):
       num_input_axes: how many leading axes of `shape` are contracted with the last axes of x.
       bias: adds one over the output axes.
       dtype: of the computation.
+      init: "xavier_uniform", or "fan_in_normal", a Gaussian of variance 1 / fan-in.
+
+    Int8 kernels come with "kernel_scale", a factor for each output, beside them: see `ops.quantization`.
     """
 
     shape: tuple[int, ...]
@@ -34,27 +47,51 @@ class Projection(nn.Module):
     num_input_axes: int = 1
     bias: bool = False
     dtype: Any = jnp.float32
+    init: KernelInit = "xavier_uniform"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, *inputs) -> (B, T, *outputs)."""
         inputs, outputs = self.shape[: self.num_input_axes], self.shape[self.num_input_axes :]
-        init = nn.initializers.variance_scaling(
-            1.0,
-            "fan_avg",
-            "uniform",
-            in_axis=tuple(range(len(inputs))),
-            out_axis=tuple(range(len(inputs), len(self.shape))),
-        )
+        init = kernel_init(self.init, len(inputs), len(self.shape))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
         kernel = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
         lead = x.shape[:2]
         y = project(x.astype(self.dtype).reshape(*lead, -1), kernel).reshape(*lead, *outputs)
+        if self.has_variable("params", "kernel_scale"):
+            y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)[None, None]
         if self.bias:
             axes = self.axes[self.num_input_axes :]
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), outputs, jnp.float32)
             y = y + bias.astype(self.dtype)[None, None]
         return y
+
+
+class Conv(nn.Module):
+    """1-D convolution over time; kernel (width, D_in, D_out), as `lax.conv` takes it in NWC.
+
+    Attributes:
+      shape: of the kernel.
+      stride, padding: in steps; the padding is put on both sides.
+      dtype, init: as in `Projection`.
+    """
+
+    shape: tuple[int, int, int]
+    stride: int = 1
+    padding: int = 0
+    dtype: Any = jnp.float32
+    init: KernelInit = "xavier_uniform"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D_in) -> (B, T', D_out)."""
+        kernel = nn.with_logical_partitioning(kernel_init(self.init, 2, 3), ("conv", None, "embed"))
+        bias = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+        kernel = self.param("kernel", kernel, self.shape, jnp.float32).astype(self.dtype)
+        bias = self.param("bias", bias, self.shape[-1:], jnp.float32).astype(self.dtype)
+        padding, layout = [(self.padding, self.padding)], ("NWC", "WIO", "NWC")
+        x = x.astype(self.dtype)
+        return lax.conv_general_dilated(x, kernel, (self.stride,), padding, dimension_numbers=layout) + bias[None, None]
 
 
 class Norm(nn.Module):

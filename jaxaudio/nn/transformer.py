@@ -34,6 +34,17 @@ ACTIVATIONS = {
 }
 
 
+def _projection(config: TransformerConfig, role: str, name: str | None = None) -> Projection:
+    """The projection of one role in attention: "query", "key", "value" or "out"."""
+    if role == "out":
+        shape, axes = (config.num_heads, config.value_dim, config.embed_dim), ("heads", "head_dim", "embed")
+        return Projection(shape, axes, 2, config.attention_out_bias, config.dtype, config.kernel_init, name=name)
+    heads, axis = (config.num_heads, "heads") if role == "query" else (config.kv_heads, "kv_heads")
+    shape = (config.embed_dim, heads, config.value_dim if role == "value" else config.query_head_dim)
+    bias = config.attention_bias and (role != "key" or config.attention_key_bias)
+    return Projection(shape, ("embed", axis, "head_dim"), 1, bias, config.dtype, config.kernel_init, name=name)
+
+
 class Attention(nn.Module):
     """Multi-head attention, to itself or to a memory, with the positions that act on the logits."""
 
@@ -45,7 +56,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        memory: jax.Array | None = None,
+        memory: jax.Array | KVCache | None = None,
         *,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
@@ -58,8 +69,8 @@ class Attention(nn.Module):
 
         Args:
           x: inputs.
-          memory: encoder outputs for cross attention.
-          mask: (#B, #N, #T, S), True = attend; combined with the causal mask.
+          memory: encoder outputs for cross attention, or their keys and values from `cross_caches`.
+          mask: (#B, #N, #T, S), True = attend; combined with the causal mask, but in its place with a cache.
           bias: (#B, #N, T, S) added to the scaled logits.
           pitches: (B, T), or (B, S) with a cache, for `pitch_time`.
           cache: keys and values before `position`; the ones of x are written into the cache that is returned.
@@ -69,11 +80,18 @@ class Attention(nn.Module):
           ((B, T, D), updated cache or None).
         """
         config = self.config
-        source = x if memory is None else memory
-        query = self._heads("query", config.num_heads, config.query_head_dim, "heads")(x)
-        key = self._heads("key", config.kv_heads, config.query_head_dim, "kv_heads")(source)
-        value = self._heads("value", config.kv_heads, config.value_dim, "kv_heads")(source)
+        query = _projection(config, "query", name="query")(x)
         query = constrain(query, "act_batch", "act_length", "act_heads", "act_head_dim")
+        if self.cross:
+            self.sow("queries", "cross", query)  # for alignment with the memory; costs nothing unless asked for
+        if isinstance(memory, KVCache):
+            everything = jnp.ones((1, 1, 1, memory.keys.shape[-2]), bool)
+            mask = everything if mask is None else mask
+            out = cached_attention(query, memory, jnp.int32(0), mask=mask, scale=config.attention_scale)
+            return self._joined(out), None
+        source = x if memory is None else memory
+        key = _projection(config, "key", name="key")(source)
+        value = _projection(config, "value", name="value")(source)
         key = constrain(key, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         value = constrain(value, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         if config.positions == "rotary" and not self.cross:
@@ -81,18 +99,14 @@ class Attention(nn.Module):
             query, key = (position_ops.rotate(y, where, base=config.rotary_base) for y in (query, key))
         if cache is not None:
             cache = update_cache(cache, key, value, position)
-            out = self._cached(query, cache, position, bias, pitches)
+            out = self._cached(query, cache, position, mask, bias, pitches)
         else:
             out = self._full(query, key, value, mask, bias, pitches, deterministic)
-        out = constrain(out, "act_batch", "act_length", "act_heads", "act_head_dim")
-        shape, axes = (config.num_heads, config.value_dim, config.embed_dim), ("heads", "head_dim", "embed")
-        out = Projection(shape, axes, 2, config.attention_out_bias, config.dtype, name="out")(out)
-        return out, cache
+        return self._joined(out), cache
 
-    def _heads(self, name: str, num_heads: int, head_dim: int, axis: str) -> Projection:
-        config, bias = self.config, self.config.attention_bias
-        shape, axes = (config.embed_dim, num_heads, head_dim), ("embed", axis, "head_dim")
-        return Projection(shape, axes, bias=bias, dtype=config.dtype, name=name)
+    def _joined(self, out: jax.Array) -> jax.Array:
+        out = constrain(out, "act_batch", "act_length", "act_heads", "act_head_dim")
+        return _projection(self.config, "out", name="out")(out)
 
     def _table(self, name: str, rows: int) -> jax.Array:
         """A table of relative embeddings (N, rows, H); tensor2tensor's initial deviation is H^-1/2."""
@@ -107,7 +121,7 @@ class Attention(nn.Module):
         pitch = self._table("pitch_embeddings", 49)
         return relative_ops.pitch_time_logits(query, time, pitch, query_pitch, query_step, key_pitch, key_step)
 
-    def _cached(self, query, cache, position, bias, pitches):
+    def _cached(self, query, cache, position, mask, bias, pitches):
         config, size, length = self.config, cache.keys.shape[-2], query.shape[1]
         if config.positions == "relative":
             table = self._table("relative_embeddings", config.max_distance)
@@ -121,7 +135,7 @@ class Attention(nn.Module):
             block = (position + jnp.arange(length)) // config.block_size
             window_start = jnp.maximum(block - 1, 0) * config.block_size
         scale = config.attention_scale
-        return cached_attention(query, cache, position, bias=bias, window_start=window_start, scale=scale)
+        return cached_attention(query, cache, position, bias=bias, window_start=window_start, mask=mask, scale=scale)
 
     def _full(self, query, key, value, mask, bias, pitches, deterministic):
         config, length = self.config, query.shape[1]
@@ -132,8 +146,6 @@ class Attention(nn.Module):
             "dropout_generator": config.dropout_generator,
         }
         if config.positions == "relative" and not self.cross:
-            if mask is not None or bias is not None:
-                raise ValueError("relative attention is causal and takes no mask or bias; pad on the right instead")
             return self._relative(query, key, value, pitches, drop)
         if config.attention != "full" and not self.cross:
             causal = causal_mask(length, length)
@@ -191,7 +203,7 @@ class MLP(nn.Module):
 
         def up(name: str) -> Projection:
             shape = (config.embed_dim, config.mlp_dim)
-            return Projection(shape, ("embed", "mlp"), 1, config.mlp_bias, config.dtype, name=name)
+            return Projection(shape, ("embed", "mlp"), 1, config.mlp_bias, config.dtype, config.kernel_init, name=name)
 
         hidden = ACTIVATIONS[config.activation](up("gate" if config.gated_mlp else "up")(x))
         if config.gated_mlp:
@@ -199,7 +211,9 @@ class MLP(nn.Module):
         hidden = constrain(hidden, "act_batch", "act_length", "act_mlp")
         hidden = Dropout(config.mlp_dropout_rate, config.dropout_generator)(hidden, deterministic=deterministic)
         shape = (config.mlp_dim, config.embed_dim)
-        return Projection(shape, ("mlp", "embed"), 1, config.mlp_bias, config.dtype, name="down")(hidden)
+        return Projection(shape, ("mlp", "embed"), 1, config.mlp_bias, config.dtype, config.kernel_init, name="down")(
+            hidden
+        )
 
 
 class Block(nn.Module):
@@ -213,7 +227,8 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        memory: jax.Array | None = None,
+        survival: jax.Array,
+        memory: jax.Array | KVCache | None = None,
         mask: jax.Array | None = None,
         memory_mask: jax.Array | None = None,
         bias: jax.Array | None = None,
@@ -221,7 +236,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         position: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """(B, T, D) -> ((B, T, D), cache); arguments as in `Attention` and `Transformer`."""
+        """(B, T, D) -> ((B, T, D), cache); survival is the probability () that a residual branch stays, for stochastic
+        depth; the other arguments as in `Attention` and `Transformer`.
+        """
         config = self.config
         x = constrain(x, "act_batch", "act_length", "act_embed")
 
@@ -229,6 +246,9 @@ class Block(nn.Module):
             norm = _norm(config, f"{name}_norm")
             y = layer(norm(x) if config.norm_position == "pre" else x)
             y = Dropout(config.dropout_rate, config.dropout_generator)(y, deterministic=self.deterministic)
+            if config.stochastic_depth_rate and not self.deterministic:
+                stays = jax.random.bernoulli(self.make_rng("dropout"), survival, (len(y), 1, 1))
+                y = jnp.where(stays, y / survival.astype(y.dtype), 0)
             return x + y if config.norm_position == "pre" else norm(x + y)
 
         def self_attention(y: jax.Array) -> jax.Array:
@@ -269,7 +289,7 @@ class Transformer(nn.Module):
         self,
         x: jax.Array,
         *,
-        memory: jax.Array | None = None,
+        memory: jax.Array | tuple[KVCache, ...] | None = None,
         mask: jax.Array | None = None,
         memory_mask: jax.Array | None = None,
         pitches: jax.Array | None = None,
@@ -281,8 +301,9 @@ class Transformer(nn.Module):
 
         Args:
           x: (B, T, D) embedded inputs.
-          memory: (B, S, D) encoder outputs, for `cross_attention`.
-          mask: (#B, #N, #T, T) self-attention mask, True = attend.
+          memory: (B, S, D) encoder outputs, for `cross_attention`; with a cache, their `cross_caches`.
+          mask: (#B, #N, #T, T) self-attention mask, True = attend, on top of the causal one; with a cache
+            (#B, #N, #T, cache length), in its place.
           memory_mask: (#B, #N, #T, S) cross-attention mask.
           pitches: (B, T), or (B, cache length) with a cache, for `pitch_time`.
           cache: one KVCache per layer, see `init_caches`; x then continues it at `position`.
@@ -291,43 +312,65 @@ class Transformer(nn.Module):
         Returns:
           ((B, T, D), updated caches or None).
         Raises:
-          ValueError: `memory` and the config's cross_attention do not go together; or a cache of another number of
-            layers, or with what decoding does not have: a mask, dropout, full attention, or stacked parameters.
+          ValueError: `memory` and the config's cross_attention or the cache do not go together; a mask for relative
+            positions; or a cache of another number of layers, or with what decoding does not have: dropout, full
+            attention, or stacked parameters.
         """
         config = self.config
-        if config.cross_attention != (memory is not None):
-            shape = None if memory is None else memory.shape
-            raise ValueError(f"cross_attention={config.cross_attention} does not go with memory of shape {shape}")
-        if cache is not None and len(cache) != config.num_layers:
-            raise ValueError(f"a stack of {config.num_layers} layers needs as many caches, got {len(cache)}")
-        if cache is not None and (mask is not None or not deterministic or config.attention == "full"):
-            shape = None if mask is None else mask.shape
-            raise ValueError(
-                "decoding with a cache is causal, without mask and dropout, got "
-                f"attention={config.attention!r}, mask of shape {shape}, {deterministic=}"
-            )
+        self._check(memory, mask, cache, deterministic)
         bias = self._t5_bias(x.shape[1], cache, position) if config.positions == "t5" else None
-        shared = (memory, mask, memory_mask, bias)
         num_first = int(config.pitch_time)
         new_caches = []
         if config.pitch_time:
             block = Block if cache is not None else self._block(in_scan=False)
             first = block(config, deterministic, pitch_time=True, name="first_layer")
-            x, new_cache = first(x, *shared, pitches, None if cache is None else cache[0], position)
+            first_cache = None if cache is None else cache[0]
+            x, new_cache = first(x, jnp.float32(1), memory, mask, memory_mask, bias, pitches, first_cache, position)
             new_caches.append(new_cache)
         if cache is None:
-            x, _ = self._scanned(config.num_layers - num_first, deterministic)(x, *shared)
+            survival = 1 - config.stochastic_depth_rate * jnp.arange(1, config.num_layers + 1) / config.num_layers
+            layers = self._scanned(config.num_layers - num_first, deterministic)
+            x, _ = layers(x, survival[num_first:], memory, mask, memory_mask, bias)
         else:
-            layers = self.variables["params"]["layers"]
+            memories = [None] * config.num_layers if memory is None else memory
             for index, layer_cache in enumerate(cache[num_first:]):
-                if str(index) not in layers:
-                    raise ValueError(f"decoding needs unstacked layers, see unstack_layers; found {sorted(layers)}")
-                block, params = Block(config, parent=None), {"params": layers[str(index)]}
-                x, new_cache = block.apply(params, x, *shared, None, layer_cache, position)
+                inputs = (x, jnp.float32(1), memories[index], mask, memory_mask, bias, None, layer_cache, position)
+                x, new_cache = self._unstacked_layer(index, inputs)
                 new_caches.append(new_cache)
         if config.norm_position == "pre":
             x = _norm(config, "norm")(x)
         return x, None if cache is None else tuple(new_caches)
+
+    def _check(self, memory, mask, cache, deterministic):
+        config = self.config
+        if mask is not None and config.positions == "relative":
+            raise ValueError("relative attention is causal and takes no mask; pad on the right instead")
+        if config.cross_attention != (memory is not None):
+            shape = memory.shape if isinstance(memory, jax.Array) else memory
+            raise ValueError(f"cross_attention={config.cross_attention} does not go with memory of shape {shape}")
+        if cache is None and isinstance(memory, tuple):
+            raise ValueError("without a cache the memory is one array, got a tuple of keys and values")
+        if cache is not None and isinstance(memory, jax.Array):
+            raise ValueError(f"decoding takes the cross_caches of the memory, got an array of shape {memory.shape}")
+        for name, caches in (("caches", cache), ("cross_caches", memory)):
+            if isinstance(caches, tuple) and len(caches) != config.num_layers:
+                raise ValueError(f"a stack of {config.num_layers} layers needs as many {name}, got {len(caches)}")
+        if cache is not None and (not deterministic or config.attention == "full"):
+            raise ValueError(
+                f"decoding with a cache is causal and without dropout, got attention={config.attention!r}, "
+                f"{deterministic=}"
+            )
+
+    def _unstacked_layer(self, index, inputs):
+        layers = self.variables["params"]["layers"]
+        if str(index) not in layers:
+            raise ValueError(f"decoding needs unstacked layers, see unstack_layers; found {sorted(layers)}")
+        block, params = Block(self.config, parent=None), {"params": layers[str(index)]}
+        if not self.is_mutable_collection("queries"):
+            return block.apply(params, *inputs)
+        out, sown = block.apply(params, *inputs, mutable=["queries"])
+        self.put_variable("queries", str(index), sown["queries"]["cross_attention"]["cross"][0])
+        return out
 
     def _block(self, *, in_scan: bool) -> type[nn.Module]:
         """Block, rematerialised as the config says; a scan's body needs no guard against common subexpressions."""
@@ -341,7 +384,7 @@ class Transformer(nn.Module):
             self._block(in_scan=True),
             variable_axes={"params": 0, "attention_weights": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, *[nn.broadcast] * 4),
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -370,6 +413,22 @@ def init_caches(config: TransformerConfig, batch_size: int, length: int) -> tupl
         init_cache(batch_size, length, config.kv_heads, config.query_head_dim, config.value_dim, dtype)
         for _ in range(config.num_layers)
     )
+
+
+def cross_caches(config: TransformerConfig, params: Any, memory: jax.Array) -> tuple[KVCache, ...]:
+    """Keys and values of an encoder's output (B, S, D), for each layer's cross-attention; `params` are a Transformer's,
+    with unstacked layers.
+    """
+    caches = init_caches(config, len(memory), memory.shape[1])
+
+    def filled(layer: Any, cache: KVCache) -> KVCache:
+        key, value = (
+            _projection(config, role).apply({"params": layer["cross_attention"][role]}, memory)
+            for role in ("key", "value")
+        )
+        return update_cache(cache, key, value, jnp.int32(0))
+
+    return tuple(filled(params["layers"][str(index)], cache) for index, cache in enumerate(caches))
 
 
 def unstack_layers(params: Any) -> Any:

@@ -23,6 +23,7 @@ class TransformerConfig:
       activation, gated_mlp: of the MLP; gated is act(x W_gate) * (x W_up).
       attention_bias, attention_out_bias, mlp_bias, norm_bias: whether q/k/v, the output projection, the MLP and the
         LayerNorm have biases.
+      attention_key_bias: False leaves the keys alone without a bias (Whisper).
       positions: "none" here if positions are added to the input; "relative" (Music Transformer), "t5" (one bias table
         for the whole stack) or "rotary".
       max_distance: rows R of each relative table; T5's largest exact distance.
@@ -35,6 +36,9 @@ class TransformerConfig:
       attention_scale: factor of the logits; head_dim ** -0.5 if None, 1.0 in T5.
       dropout_rate, attention_dropout_rate, mlp_dropout_rate: of block outputs, attention weights, MLP hidden units.
       dropout_generator: "jax" or "hash", see `ops.dropout`.
+      stochastic_depth_rate: probability that an example skips a residual branch of the last block; it grows linearly
+        with depth (Huang et al. 2016, Deep Networks with Stochastic Depth, equation 4).
+      kernel_init: "xavier_uniform", or "fan_in_normal" (Whisper).
       attention_implementation: see `ops.attention.attention`.
       remat_policy: None keeps all activations; else one of `REMAT_POLICIES`, named as in `jax.checkpoint_policies`.
       dtype: "float32" or "bfloat16" compute; parameters are always float32.
@@ -55,6 +59,7 @@ class TransformerConfig:
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     gated_mlp: bool = False
     attention_bias: bool = False
+    attention_key_bias: bool = True
     attention_out_bias: bool = False
     mlp_bias: bool = True
     norm_bias: bool = True
@@ -70,6 +75,8 @@ class TransformerConfig:
     attention_dropout_rate: float = 0.0
     mlp_dropout_rate: float = 0.0
     dropout_generator: Literal["jax", "hash"] = "jax"
+    stochastic_depth_rate: float = 0.0
+    kernel_init: Literal["xavier_uniform", "fan_in_normal"] = "xavier_uniform"
     attention_implementation: Literal["auto", "xla", "mapped", "cudnn"] = "auto"
     remat_policy: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -81,7 +88,7 @@ class TransformerConfig:
         for name in ("head_dim", "value_head_dim", "num_kv_heads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {getattr(self, name)}")
-        for name in ("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate"):
+        for name in ("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate", "stochastic_depth_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if None in (self.head_dim, self.value_head_dim) and self.embed_dim % self.num_heads:
@@ -93,6 +100,8 @@ class TransformerConfig:
             raise ValueError(f"rotary positions need an even head_dim, got {self.query_head_dim}")
         if self.remat_policy not in (None, *REMAT_POLICIES):
             raise ValueError(f"remat_policy {self.remat_policy!r} is not one of {REMAT_POLICIES}")
+        if self.pitch_time and self.stochastic_depth_rate:
+            raise ValueError(f"a pitch_time layer has no stochastic depth, got {self.stochastic_depth_rate}")
         if self.pitch_time and (self.positions, self.attention) != ("relative", "causal"):
             raise ValueError(
                 "pitch_time needs positions='relative' and attention='causal', got "

@@ -202,9 +202,10 @@ def cached_attention(
     *,
     bias: Float[Array, "#B #N T S"] | None = None,
     window_start: Int[Array, " T"] | None = None,
+    mask: Bool[Array, "#B #N #T S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N Hv"]:
-    """Causal attention of T new positions, the first at `position`, to a cache that already holds them.
+    """Attention of T new positions, the first at `position`, to a cache that already holds them; causal by default.
 
     Args:
       query: queries of the new positions.
@@ -212,6 +213,7 @@ def cached_attention(
       position: index of the first query.
       bias: added to the scaled logits.
       window_start: first key that each query may see (local attention).
+      mask: True = attend; takes the place of the causal rule.
       scale: H ** -0.5 if None.
     """
     batch, length, num_heads, head_dim = query.shape
@@ -224,11 +226,12 @@ def cached_attention(
     rows = query.reshape(batch, length, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * num_kv_heads, groups * length, head_dim)
     logits = jnp.einsum("nqh,nsh->nqs", rows, keys, preferred_element_type=jnp.float32) * scale
-    key_index = lax.broadcasted_iota(jnp.int32, (length, size), 1)
-    seen = key_index <= position + lax.broadcasted_iota(jnp.int32, (length, size), 0)
-    if window_start is not None:
-        seen &= key_index >= window_start[:, None]
-    weights = masked_softmax(logits.reshape(batch, num_heads, length, size), seen[None, None], bias)
+    if mask is None:
+        key_index = lax.broadcasted_iota(jnp.int32, (length, size), 1)
+        mask = (key_index <= position + lax.broadcasted_iota(jnp.int32, (length, size), 0))[None, None]
+        if window_start is not None:
+            mask &= (key_index >= window_start[:, None])[None, None]
+    weights = masked_softmax(logits.reshape(batch, num_heads, length, size), mask, bias)
     weights = weights.astype(values.dtype).reshape(batch * num_kv_heads, groups * length, size)
     out = jnp.einsum("nqs,nsh->nqh", weights, values)
     return out.reshape(batch, num_heads, length, -1).transpose(0, 2, 1, 3)

@@ -12,7 +12,8 @@ import transformers
 from jax.sharding import PartitionSpec
 
 from jaxaudio import sharding
-from jaxaudio.nn.transformer import Transformer, init_caches, unstack_layers
+from jaxaudio.nn.layers import Norm
+from jaxaudio.nn.transformer import MLP, Attention, Transformer, cross_caches, init_caches, unstack_layers
 from jaxaudio.nn.transformer_config import TransformerConfig
 
 B, T, S, D, N, H, F, L = 2, 12, 7, 32, 4, 8, 48, 3
@@ -334,11 +335,51 @@ def test_cached_spans_equal_the_full_pass(stack):
         return Transformer(config).apply({"params": params}, x, cache=cache, position=position, **inputs)
 
     cache, layers, position = init_caches(config, B, T), unstack_layers(params), 0
+    if config.cross_attention:
+        inputs = inputs | {"memory": cross_caches(config, layers, inputs["memory"])}
     for span in (1, 1, 1, 1, 1, 1, 5, 1):  # the five cross a block of local attention
         out, cache = step(layers, x[:, position : position + span], cache, jnp.int32(position))
         np.testing.assert_allclose(out, full[:, position : position + span], atol=1e-4)
         position += span
     assert position == T
+
+
+def test_a_mask_hides_padded_slots_of_the_cache():
+    config, pad = LLAMA, 3  # rotary positions see distances only, so padding on the left changes nothing
+    params, x = random_params(config), jnp.asarray(normal(B, T, D))
+    full, _ = Transformer(config).apply({"params": params}, x)
+    padded = jnp.concatenate([jnp.full((B, pad, D), 7.0), x], axis=1)
+    slots = np.arange(T + pad)
+    mask = (slots[None] <= slots[:, None]) & (slots[None] >= pad) | (slots[None] == slots[:, None])
+    cache, variables = init_caches(config, B, T + pad), {"params": unstack_layers(params)}
+    out, _ = Transformer(config).apply(
+        variables, padded, cache=cache, position=jnp.int32(0), mask=jnp.asarray(mask)[None, None]
+    )
+    np.testing.assert_allclose(out[:, pad:], full, atol=1e-4)
+
+
+def test_stochastic_depth_drops_branches_of_examples_and_rescales_the_others():
+    rate, batch = 0.4, 64
+    config = TransformerConfig(**SIZES | {"num_layers": 2}, stochastic_depth_rate=rate)
+    params, x = random_params(config), jnp.asarray(normal(batch, 4, D))
+    out, _ = Transformer(config).apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    candidates = [x]
+    for layer, survival in enumerate((1 - rate / 2, 1 - rate)):
+        layer_params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        for name, module in (("attention", Attention(config)), ("mlp", MLP(config))):
+            branch = []
+            for candidate in candidates:
+                y = Norm(epsilon=config.norm_epsilon).apply({"params": layer_params[f"{name}_norm"]}, candidate)
+                y = module.apply({"params": layer_params[name]}, y, deterministic=True)
+                branch.append(candidate + (y[0] if name == "attention" else y) / survival)
+            candidates = candidates + branch
+    final = jnp.stack([Norm(epsilon=config.norm_epsilon).apply({"params": params["norm"]}, y) for y in candidates])
+    errors = np.abs(np.asarray(final - out[None])).max(axis=(2, 3))
+    assert np.all(errors.min(axis=0) < 1e-4)
+    chosen = errors.argmin(axis=0)
+    first, second = np.mean(chosen & 1), np.mean(chosen >> 2 & 1)
+    assert abs(first - (1 - rate / 2)) < 0.2
+    assert abs(second - (1 - rate)) < 0.2
 
 
 def test_rows_do_not_depend_on_their_neighbours_or_the_future(stack):
@@ -446,6 +487,13 @@ def test_memory_and_cross_attention_go_together():
         call(CACHED["cross"])
     with pytest.raises(ValueError, match=r"cross_attention=False .* memory of shape \(1, 7, 32\)"):
         call(LLAMA, memory=jnp.zeros((1, S, D)))
+    cross = dataclasses.replace(CACHED["cross"], num_layers=1)
+    with pytest.raises(ValueError, match=r"cross_caches of the memory, got an array of shape \(1, 7, 32\)"):
+        call(cross, init_caches(cross, 1, 4), memory=jnp.zeros((1, S, D)))
+    with pytest.raises(ValueError, match="the memory is one array, got a tuple"):
+        call(cross, memory=init_caches(cross, 1, S))
+    with pytest.raises(ValueError, match="1 layers needs as many cross_caches, got 2"):
+        call(cross, init_caches(cross, 1, 4), memory=init_caches(cross, 1, S) * 2)
 
 
 def test_what_a_mode_cannot_honour_is_an_error():
@@ -455,8 +503,9 @@ def test_what_a_mode_cannot_honour_is_an_error():
     cache = init_caches(LLAMA, 1, 4)[:1]
     with pytest.raises(ValueError, match="a stack of 1 layers needs as many caches, got 2"):
         call(LLAMA, cache * 2)
-    with pytest.raises(ValueError, match=r"mask of shape \(1, 1, 2, 2\)"):
-        call(LLAMA, cache, mask=mask)
+    relative = CACHED["relative_local"]
+    with pytest.raises(ValueError, match="relative attention is causal and takes no mask"):
+        call(relative, init_caches(relative, 1, 4), mask=mask)
     with pytest.raises(ValueError, match="deterministic=False"):
         call(LLAMA, cache, deterministic=False)
     with pytest.raises(ValueError, match="attention='full'"):
