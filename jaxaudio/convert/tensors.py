@@ -1,0 +1,82 @@
+"""Tensors of checkpoint files, known by shape and dtype and read one at a time: a model is never in memory twice."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Callable, Mapping
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+import safetensors
+
+SAFETENSORS_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class ConvertError(Exception):
+    """A checkpoint cannot be read or written; the message names the file, what was found and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, or of another tensor's making: `read()` gives the array that `shape` and `dtype` announce."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def in_memory(array: np.ndarray) -> StoredTensor:
+    """An array as a stored tensor."""
+    return StoredTensor(array.shape, array.dtype, lambda: array)
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, which stays mapped while they are in use.
+
+    Raises:
+      ConvertError: the file is absent or damaged, or has a dtype that numpy lacks.
+    """
+    dtypes = {short: np.dtype(name) for name, short in SAFETENSORS_DTYPES.items()}
+    try:
+        file = safetensors.safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConvertError(f"{path} cannot be read: {error}") from error
+    tensors = {}
+    for name, entry in slices.items():
+        if entry.get_dtype() not in dtypes:
+            raise ConvertError(f"{path}: {name} is {entry.get_dtype()}, expected one of {', '.join(dtypes)}")
+        dtype = dtypes[entry.get_dtype()]
+        tensors[name] = StoredTensor(tuple(entry.get_shape()), dtype, lambda name=name: file.get_tensor(name))
+    return tensors
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the tensors one by one, the widest dtypes first, so that every array is aligned.
+
+    Raises:
+      ConvertError: a dtype that safetensors lacks; the message names the tensor.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered.items():
+        if str(tensor.dtype) not in SAFETENSORS_DTYPES:
+            raise ConvertError(f"{name} is {tensor.dtype}; safetensors has {', '.join(SAFETENSORS_DTYPES)}")
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        dtype = SAFETENSORS_DTYPES[str(tensor.dtype)]
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered.values():
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
