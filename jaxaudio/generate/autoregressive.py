@@ -90,19 +90,46 @@ def _decode(model, params, cache, key, forced, prompt_lengths, num_tokens, reque
     variables = {"params": unstack_layers(params)}
     row_keys = jax.vmap(lambda request: jax.random.fold_in(key, request))(requests)
 
-    def is_unfinished(carry):
-        position, _, _ = carry
-        return position < num_tokens
-
-    def decode_token(carry):
-        position, tokens, cache = carry
+    def next_logits(state, cache):
+        position, tokens = state
         previous = lax.dynamic_slice_in_dim(tokens, jnp.maximum(position - 1, 0), 1, axis=1)
         logits, cache = model.apply(variables, jnp.where(position == 0, 0, previous), cache=cache, position=position)
-        logits = logits[:, 0] if allowed is None else jnp.where(allowed[None], logits[:, 0], -jnp.inf)
+        return logits[:, 0], cache
+
+    def choose(state, logits):
+        position, tokens = state
+        logits = logits if allowed is None else jnp.where(allowed[None], logits, -jnp.inf)
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, position))(row_keys)
         own = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)[:, 0]
         token = jnp.where(position < prompt_lengths, own, sample(keys, logits, sampling))
-        return position + 1, lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1), cache
+        return position + 1, lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
 
-    _, tokens, _ = lax.while_loop(is_unfinished, decode_token, (jnp.int32(0), forced, cache))
-    return tokens
+    state = decode_loop(next_logits, choose, lambda state: state[0] >= num_tokens, (jnp.int32(0), forced), cache)
+    return state[1]
+
+
+def decode_loop(
+    next_logits: Callable[[Any, Any], tuple[jax.Array, Any]],
+    choose: Callable[[Any, jax.Array], Any],
+    is_finished: Callable[[Any], jax.Array],
+    state: Any,
+    cache: Any,
+) -> Any:
+    """A model's pass and a choice, in turns, until finished: the loop of every decoder of the house, for use under jit.
+
+    Args:
+      next_logits: (state, cache) -> (logits after the tokens in `state`, cache).
+      choose: (state, logits) -> the state with the next tokens.
+      is_finished: state -> whether to stop; asked before each turn.
+      state: tokens so far and whatever choosing needs.
+      cache: of the model; it never leaves the loop, so its buffers are updated in place.
+    Returns:
+      The last state.
+    """
+
+    def turn(carry):
+        state, cache = carry
+        logits, cache = next_logits(state, cache)
+        return choose(state, logits), cache
+
+    return lax.while_loop(lambda carry: ~is_finished(carry[0]), turn, (state, cache))[0]
