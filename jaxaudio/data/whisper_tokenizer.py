@@ -340,22 +340,24 @@ class WhisperTokenizer:
         for token, piece in zip(ids, token_bytes, strict=True):
             pending.append(token)
             end += len(piece)
-            if not _is_inside_character(whole, end):
+            character = _character_around(whole, end)
+            # After bytes that are no UTF-8 the published implementation cuts at once, through characters too.
+            if character is None or "\ufffd" in whole[start:character].decode("utf-8", errors="replace"):
                 words.append(whole[start:end].decode("utf-8", errors="replace"))
                 word_ids.append(pending)
                 pending, start = [], end
         return words, word_ids
 
 
-def _is_inside_character(text: bytes, position: int) -> bool:
-    """Whether a valid UTF-8 character of several bytes has bytes on both sides of a position."""
+def _character_around(text: bytes, position: int) -> int | None:
+    """Where a valid UTF-8 character starts that has bytes on both sides of a position; None if there is none."""
     if position == len(text) or text[position] & 0xC0 != 0x80:
-        return False  # what follows is no continuation byte
+        return None  # what follows is no continuation byte
     for first in range(max(position - 3, 0), position):
         for last in range(position + 1, min(first + 4, len(text)) + 1):
             try:
                 if len(text[first:last].decode("utf-8")) == 1:
-                    return True
+                    return first
             except UnicodeDecodeError:
                 continue
-    return False
+    return None
