@@ -83,7 +83,7 @@ def mel_filters(
     return filters
 
 
-def mel_energies(power: Float[Array, "B T F"], filters: np.ndarray) -> Float[Array, "B T M"]:
+def filter_energies(power: Float[Array, "B T F"], filters: np.ndarray) -> Float[Array, "B T M"]:
     """power @ filters, in full float32 also where products are rounded to fewer bits by default (GPU, TPU)."""
     return jnp.einsum("BTF,FM->BTM", power, jnp.asarray(filters), precision=lax.Precision.HIGHEST)
 
@@ -101,7 +101,7 @@ def log10_mel(samples: Float[Array, "B A"], num_mels: int = 80, form: Form = "au
       form: see `jaxaudio.ops.stft.power`.
     """
     frames = stft.frame(samples.astype(jnp.float32), _N_FFT, _HOP_LENGTH) * stft.hann_window(_N_FFT)[None, None]
-    energies = mel_energies(stft.power(frames, form=form), mel_filters(num_mels, _N_FFT, _SAMPLE_RATE))
+    energies = filter_energies(stft.power(frames, form=form), mel_filters(num_mels, _N_FFT, _SAMPLE_RATE))
     return jnp.log10(jnp.maximum(energies, 1e-10))
 
 
@@ -249,7 +249,7 @@ def kaldi_fbank(
     frames = (frames - preemphasis * previous) * _symmetric_window(window, frame_length)[None, None]
     n_fft = 1 << (frame_length - 1).bit_length()
     filters = mel_filters(num_mels, n_fft, sample_rate, fmin, fmax, scale="kaldi", norm=None)
-    return jnp.log(jnp.maximum(mel_energies(stft.power(frames, n_fft=n_fft, form=form), filters), floor))
+    return jnp.log(jnp.maximum(filter_energies(stft.power(frames, n_fft=n_fft, form=form), filters), floor))
 
 
 def _symmetric_window(name: str, length: int) -> np.ndarray:
