@@ -96,7 +96,7 @@ class SileroDetector:
 
     Attributes:
       path: The file. Either layout: inputs `input`, `state` and perhaps `sr` (silero_vad.onnx), one window at a time;
-        or `input`, `h` and `c`, a sequence of windows at once, which is several times faster.
+        or `input`, `h` and `c`, a sequence of windows at once, which is about twice as fast.
       threshold: Probability at which speech starts.
       silence_threshold: Probability below which it ends (neg_threshold).
       min_speech_s: Stretches that are not longer are dropped.
