@@ -16,6 +16,7 @@ import whisper
 
 from jaxaudio.convert import whisper_names
 from jaxaudio.convert.torch_files import stored
+from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
 from jaxaudio.models.whisper import Whisper, WhisperConfig
 
 torch.set_num_threads(1)
@@ -28,7 +29,7 @@ V3 = dataclasses.replace(MULTILINGUAL, vocab_size=51866, num_mels=128, num_encod
 SHAPES = {"multilingual": MULTILINGUAL, "english": ENGLISH, "v3": V3}
 
 
-def randomise(peer: torch.nn.Module, seed: int) -> None:
+def randomise(peer: torch.nn.Module, seed: int, eot: int) -> None:
     """Fills all parameters with random numbers, biases and norms too, such that logits depend on audio and text.
 
     The encoder's sinusoids stay. Tables are small and the layers' outputs large, so that the residual stream is not
@@ -56,14 +57,17 @@ def randomise(peer: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(normal(parameter.shape, 1.5 * parameter[0].numel() ** -0.5))
             if name.endswith(("token_embedding.weight", "embed_tokens.weight")):
                 # Texts should end, silence be found and timestamps come up now and then, as in a trained model.
-                end = 50256 if len(parameter) == 51864 else 50257
                 timestamp_begin = len(parameter) - 1501
-                parameter[[end, timestamp_begin - 2]] *= 3.0  # the end of the text; no speech
+                parameter[[eot, timestamp_begin - 2]] *= 3.0  # the end of the text; no speech
                 parameter[timestamp_begin:] *= 1.3
 
 
-def make_openai(seed: int, config: WhisperConfig = MULTILINGUAL) -> whisper.model.Whisper:
-    """openai-whisper's model with the shape and the alignment heads of `config`."""
+def _eot(config: WhisperConfig) -> int:
+    return 50256 if config.vocab_size == ENGLISH.vocab_size else 50257
+
+
+def make_openai(seed: int, config: WhisperConfig = MULTILINGUAL, eot: int | None = None) -> whisper.model.Whisper:
+    """openai-whisper's model with the shape and alignment heads of `config`; `eot` if the vocabulary is not public."""
     dims = whisper.model.ModelDimensions(
         n_mels=config.num_mels,
         n_audio_ctx=config.num_positions,
@@ -77,7 +81,7 @@ def make_openai(seed: int, config: WhisperConfig = MULTILINGUAL) -> whisper.mode
         n_text_layer=config.num_decoder_layers,
     )
     peer = whisper.model.Whisper(dims).eval()
-    randomise(peer, seed)
+    randomise(peer, seed, _eot(config) if eot is None else eot)
     if config.alignment_heads is not None:
         heads = torch.zeros(config.num_decoder_layers, config.num_heads, dtype=torch.bool)
         heads[tuple(zip(*config.alignment_heads, strict=True))] = True
@@ -85,9 +89,11 @@ def make_openai(seed: int, config: WhisperConfig = MULTILINGUAL) -> whisper.mode
     return peer
 
 
-def make_hf(seed: int, config: WhisperConfig = MULTILINGUAL) -> transformers.WhisperForConditionalGeneration:
-    """transformers' model with the shape of `config`."""
-    end = 50256 if config.vocab_size == 51864 else 50257
+def make_hf(
+    seed: int, config: WhisperConfig = MULTILINGUAL, eot: int | None = None
+) -> transformers.WhisperForConditionalGeneration:
+    """transformers' model with the shape of `config`; `eot` if the vocabulary is not public."""
+    end = _eot(config) if eot is None else eot
     peer_config = transformers.WhisperConfig(
         vocab_size=config.vocab_size,
         num_mel_bins=config.num_mels,
@@ -107,7 +113,7 @@ def make_hf(seed: int, config: WhisperConfig = MULTILINGUAL) -> transformers.Whi
         begin_suppress_tokens=[220, end],
     )
     peer = transformers.WhisperForConditionalGeneration(peer_config).eval()
-    randomise(peer, seed)
+    randomise(peer, seed, end)
     return peer
 
 
@@ -134,6 +140,12 @@ def tokenizer_file(config: WhisperConfig) -> pathlib.Path:
     """openai-whisper's file of merge ranks for a vocabulary."""
     name = "gpt2" if config.vocab_size == ENGLISH.vocab_size else "multilingual"
     return pathlib.Path(whisper.__file__).parent / "assets" / f"{name}.tiktoken"
+
+
+@functools.cache
+def tokenizer(config: WhisperConfig) -> WhisperTokenizer:
+    """Our tokenizer for a public vocabulary."""
+    return WhisperTokenizer.from_file(tokenizer_file(config), config.vocab_size)
 
 
 @functools.cache

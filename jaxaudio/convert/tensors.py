@@ -24,16 +24,11 @@ class ConvertError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, or of another tensor's making: `read()` gives the array that `shape` and `dtype` announce."""
+    """A tensor of a file, or made from one: `read()` gives the array that `shape` and `dtype` announce."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-
-
-def in_memory(array: np.ndarray) -> StoredTensor:
-    """An array as a stored tensor."""
-    return StoredTensor(array.shape, array.dtype, lambda: array)
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:

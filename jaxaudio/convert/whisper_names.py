@@ -131,7 +131,7 @@ def to_tree(config: WhisperConfig, tensors: Mapping[str, StoredTensor]) -> dict[
 
 
 def from_tree(config: WhisperConfig, params: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors of a tree by our paths, layers one by one, in the tree's dtypes; JAX arrays are fetched one at a time.
+    """The tensors of a tree by our paths, layers one by one, in its dtypes; JAX arrays are fetched one at a time.
 
     Raises:
       ConvertError: the tree is not that of the config; the message names paths and shapes.
