@@ -54,7 +54,7 @@ def loss_curve(
     """
     _check_colours(series, "series")
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    axes = _axes(figure.add_subplot())
+    axes = style_axes(figure.add_subplot())
     for colour, (label, key) in zip(COLOURS[: len(series)], series.items(), strict=True):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if not points:
@@ -91,7 +91,7 @@ def result_ladder(
         raise ValueError(f"expected results of ours with names that no rung has; shared: {both}, ours: {list(ours)}")
     bars = sorted([*rungs.items(), *ours.items()], key=lambda bar: bar[1])
     figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(bars)), layout="constrained")
-    axes = _axes(figure.add_subplot(), grid="x")
+    axes = style_axes(figure.add_subplot(), grid="x")
     colours = [COLOURS[0] if label in ours else INK for label, _ in bars]
     values = [value for _, value in bars]
     drawn = axes.barh(range(len(bars)), values, color=colours, height=0.62)
@@ -123,7 +123,7 @@ def piano_roll(
       ValueError: there are no notes.
     """
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    axes = _axes(figure.add_subplot())
+    axes = style_axes(figure.add_subplot())
     _draw_roll(axes, Roll(notes, prime_end_s, title))
     axes.set_xlabel("seconds")
     axes.set_ylabel("pitch (C4 is MIDI 60)")
@@ -148,7 +148,7 @@ def roll_grid(rows: Mapping[str, Sequence[Roll]], *, voices: Sequence[str] = VOI
     everything = [note for rolls in rows.values() for roll in rolls for note in roll.notes]
     for axes_row, (name, rolls) in zip(grid, rows.items(), strict=True):
         for axes, roll in zip(axes_row, rolls, strict=True):
-            _draw_roll(_axes(axes), roll, scale=everything)
+            _draw_roll(style_axes(axes), roll, scale=everything)
         axes_row[0].set_ylabel(name)
     for axes in grid[-1]:
         axes.set_xlabel("seconds")
@@ -190,7 +190,7 @@ def attention_over_piano_roll(
         raise ValueError(f"{len(weights)} rows of weights, but {len(heads)} names of heads: {list(heads)}")
     _check_colours(heads, "heads")
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    axes = _axes(figure.add_subplot())
+    axes = style_axes(figure.add_subplot())
     _draw_roll(axes, Roll(notes, None, title), colour=INK)
     for row, head_weights in enumerate(weights):
         for weight, anchor in zip(head_weights.tolist(), anchors, strict=True):
@@ -224,7 +224,7 @@ def pitch_name(pitch: int) -> str:
     return f"{_PITCH_CLASSES[pitch % 12]}{pitch // 12 - 1}"
 
 
-def _axes(axes: Axes, *, grid: str = "y") -> Axes:
+def style_axes(axes: Axes, *, grid: str = "y") -> Axes:
     """The house's look: no box, thin grid, one ink."""
     for side in ("top", "right", "left" if grid == "y" else "bottom"):
         axes.spines[side].set_visible(False)
