@@ -135,8 +135,8 @@ def _sampled(state, logits, normaliser, search, keys, eot):
 
 
 def _beams(state, logits, normaliser, search, eot):
-    """Beam search: of the best width + 1 continuations of every beam those that end are put aside, and of the others the
-    best `width` go on.
+    """Of the best width + 1 continuations of every beam those that end are put aside; of the others the best `width` go
+    on.
     """
     batch, group_size, _ = logits.shape
     top, ids = lax.top_k(logits, group_size + 1)
@@ -146,9 +146,7 @@ def _beams(state, logits, normaliser, search, eot):
     valid = (place <= width) & (jnp.arange(group_size)[None, :, None] < width)
     scores = jnp.where(valid, scores, -jnp.inf).reshape(batch, -1)
     order = jnp.argsort(-scores, axis=-1, stable=True)
-    scores, ids, valid = (
-        jnp.take_along_axis(x.reshape(batch, -1), order, axis=-1) for x in (scores, ids, valid)
-    )
+    scores, ids, valid = (jnp.take_along_axis(x.reshape(batch, -1), order, axis=-1) for x in (scores, ids, valid))
     source = order // (group_size + 1)
     ends = (ids == eot) & valid
     goes_on = (ids != eot) & valid

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class DecodingOptions:
       ValueError: a value outside its range, or options that contradict each other; the message carries them.
     """
 
-    task: Literal["transcribe", "translate"] = "transcribe"
+    task: str = "transcribe"
     language: str | None = None
     temperature: float = 0.0
     sample_len: int | None = None
@@ -156,9 +156,7 @@ def encode(model: Whisper, params: Any, mel: jax.Array) -> Memory:
     return cross_caches(model.config.decoder, params["decoder"]["transformer"], hidden)
 
 
-def detect_language(
-    model: Whisper, params: Any, tokenizer: WhisperTokenizer, memory: Memory
-) -> list[dict[str, float]]:
+def detect_language(model: Whisper, params: Any, tokenizer: WhisperTokenizer, memory: Memory) -> list[dict[str, float]]:
     """Probability of every language for each window, by code.
 
     Raises:
@@ -196,7 +194,7 @@ def memory_keys(model: Whisper, memory: Memory, layer: int) -> jax.Array:
 def teacher_forced(
     model: Whisper, params: Any, memory: Memory, tokens: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Logits (B, L, V) of given texts (B, L), and each layer's queries (B, L, N, H) of its cross-attention, unscaled."""
+    """Logits (B, L, V) of given texts (B, L), and the unscaled queries (B, L, N, H) of each layer's cross-attention."""
     cache = init_cache(model.config, *tokens.shape)
     variables = {"params": params}
     (hidden, _), sown = model.apply(
@@ -251,7 +249,8 @@ def decode(
     for name, rows in (("options", options), ("requests", requests)):
         if len(rows) != batch:
             raise ValueError(f"{name} must have one entry for each of {batch} windows, got {len(rows)}")
-    rows = [DecodingOptions(language=tokenizer.languages[0]) if row is None else row for row in options]
+    idle = DecodingOptions(language=next(iter(tokenizer.languages), None))
+    rows = [idle if row is None else row for row in options]
     used = [row is not None for row in options]
     needed = max(max(row.width, 1 + row.is_beam) for row in rows)
     group_size = needed if group_size is None else group_size
@@ -340,8 +339,8 @@ def _suppressed(tokenizer, suppress_tokens) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(static, params, memory, prompts, rules, search, keys):
-    """Prompt through the decoder, then the loop. A window's hypotheses share one cache: first the prompt's R slots, then
-    G slots per step; a mask shows to each the slots of its own past.
+    """Prompt through the decoder, then the loop. A window's hypotheses share one cache: the prompt's R slots, then G
+    slots for each step; a mask shows each of them its own past.
     """
     model, ids, group_size, max_tokens, max_finished = static
     config, variables = model.config, {"params": params}
