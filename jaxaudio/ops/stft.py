@@ -57,7 +57,8 @@ def power(frames: Float[Array, "B T A"], *, n_fft: int | None = None, form: Form
       n_fft: length of the transform.
       form: "fft"; "matmul", a product with cosines and sines at the highest precision; or "auto": on a TPU, where a
         real FFT takes long to compile and moves three times the bytes, "matmul" for n_fft up to 2048, else "fft".
-        The choice is made when the program is compiled, for the platform it is compiled for.
+        The choice is made when the program is compiled, for the platform it is compiled for. In a program sharded over
+        several GPUs choose "matmul": XLA gathers the whole batch on each for an FFT.
     """
     n_fft = n_fft or frames.shape[-1]
 
