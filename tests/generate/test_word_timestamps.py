@@ -10,6 +10,7 @@ import whisper
 
 from jaxaudio.data.transcripts import Segment, Word
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
+from jaxaudio.generate import word_timestamps
 from jaxaudio.generate.whisper import encode, inference_params
 from jaxaudio.generate.word_timestamps import WordTiming, add_word_timestamps, align_words, merge_punctuations
 from jaxaudio.models.whisper import Whisper
@@ -196,6 +197,7 @@ def _assert_equal(ours, theirs):
     assert all(timing.start <= timing.end for timing in ours)
 
 
+@pytest.mark.slow
 def test_word_times_of_a_batch_equal_openai_whispers(multilingual):
     ours = multilingual.align()
     for row, timings in enumerate(ours):
@@ -208,6 +210,15 @@ def test_word_times_do_not_depend_on_the_batch(multilingual):
     together = multilingual.align()
     for row in range(3):
         _assert_equal(together[row], multilingual.align(slice(row, row + 1))[0])
+
+
+def test_texts_durations_and_languages_share_one_program(multilingual, monkeypatch):
+    multilingual.align(slice(0, 1))
+    traced = []
+    monkeypatch.setattr(word_timestamps, "teacher_forced", lambda *arguments: traced.append(arguments))
+    for row, task in ((1, "transcribe"), (2, "translate"), (3, "transcribe"), (5, "transcribe")):
+        multilingual.align(slice(row, row + 1), task=task)
+    assert not traced
 
 
 def test_word_times_of_a_translation_equal_openai_whispers(multilingual):
