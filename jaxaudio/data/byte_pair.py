@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import heapq
+import itertools
 import json
 import os
 import pathlib
@@ -128,16 +129,16 @@ class BytePairEncoding:
         after = list(range(1, size + 1))
         before = list(range(-1, size - 1))
         candidates = []
-
-        def consider(i: int, j: int):
-            merged = parts[i] + parts[j]
-            rank = self.ranks.get(merged, end_rank)
-            if rank < end_rank:
-                heapq.heappush(candidates, (rank, i, merged))
-
-        for i in range(size - 1):
-            consider(i, i + 1)
-        while candidates:
+        new_neighbours = list(itertools.pairwise(range(size)))
+        while new_neighbours or candidates:
+            for i, j in new_neighbours:
+                merged = parts[i] + parts[j]
+                rank = self.ranks.get(merged, end_rank)
+                if rank < end_rank:
+                    heapq.heappush(candidates, (rank, i, merged))
+            new_neighbours = []
+            if not candidates:
+                break
             _, i, merged = heapq.heappop(candidates)
             j = after[i]
             if not parts[i] or j == size or parts[i] + parts[j] != merged:
@@ -146,9 +147,9 @@ class BytePairEncoding:
             after[i] = after[j]
             if after[i] < size:
                 before[after[i]] = i
-                consider(i, after[i])
+                new_neighbours.append((i, after[i]))
             if before[i] >= 0:
-                consider(before[i], i)
+                new_neighbours.append((before[i], i))
         return [part for part in parts if part]
 
     def _encode_with_dropout(self, word: bytes, dropout: float, rng: np.random.Generator) -> list[int]:

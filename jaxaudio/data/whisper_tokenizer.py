@@ -125,10 +125,11 @@ class WhisperTokenizer:
         tokenizer = cls(files.bpe, languages, num_timestamps, is_multilingual)
         for name, token in added.items():
             is_byte_pair = 0 <= token < num_ranks and files.bpe.tokens[token] == name.encode()
-            if not is_byte_pair and tokenizer.special_tokens.get(name) != token:
+            expected = tokenizer.special_tokens.get(name)
+            if not is_byte_pair and expected != token:
                 raise ValueError(
                     f"{files.path}: after {num_ranks} byte pairs and {len(languages)} languages Whisper's layout has "
-                    f"{name} at id {tokenizer.special_tokens.get(name)}, this file at {token}."
+                    f"{name} at {'no id' if expected is None else f'id {expected}'}, this file at {token}."
                 )
         if vocab_size is not None and tokenizer.vocab_size != vocab_size:
             raise ValueError(
