@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,13 +21,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors
 
+from jaxaudio.convert.tensors import SAFETENSORS_DTYPES, safetensors_header
 from jaxaudio.data.files import atomic_path
 
-SAFETENSORS_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 LAYERS = "layers"
 
 
@@ -345,20 +340,11 @@ def _describe(array: np.ndarray) -> dict[str, Any]:
 @contextlib.contextmanager
 def _safetensors_writer(path: pathlib.Path, pieces: list[_Piece]) -> Iterator[Callable[[str, np.ndarray], None]]:
     """Header first, then the arrays in the header's order, each written as it comes."""
-    header, end = {}, 0
     for piece in pieces:
         if str(piece.dtype) not in SAFETENSORS_DTYPES:
             raise ExportError(f"{piece.name} is {piece.dtype}; safetensors has {', '.join(SAFETENSORS_DTYPES)}")
-        start, end = end, end + math.prod(piece.shape) * piece.dtype.itemsize
-        header[piece.name] = {
-            "dtype": SAFETENSORS_DTYPES[str(piece.dtype)],
-            "shape": piece.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(safetensors_header({piece.name: (piece.shape, piece.dtype) for piece in pieces}))
         yield lambda name, array: file.write(_bytes(array))
 
 

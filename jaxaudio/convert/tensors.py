@@ -6,6 +6,7 @@ import math
 import pathlib
 import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
@@ -52,26 +53,30 @@ def read_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def safetensors_header(
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What comes before the data of a safetensors file that holds tensors of these shapes and dtypes, in this order.
+
+    Raises:
+      KeyError: a dtype that is not one of `SAFETENSORS_DTYPES`.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[str(dtype)], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_safetensors(
     path: pathlib.Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the tensors one by one, the widest dtypes first, so that every array is aligned.
-
-    Raises:
-      ConvertError: a dtype that safetensors lacks; the message names the tensor.
-    """
+    """Writes the tensors one by one, the widest dtypes first, so that every array is aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in ordered.items():
-        if str(tensor.dtype) not in SAFETENSORS_DTYPES:
-            raise ConvertError(f"{name} is {tensor.dtype}; safetensors has {', '.join(SAFETENSORS_DTYPES)}")
-        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        dtype = SAFETENSORS_DTYPES[str(tensor.dtype)]
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(safetensors_header({name: (t.shape, t.dtype) for name, t in ordered.items()}, metadata))
         for tensor in ordered.values():
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))

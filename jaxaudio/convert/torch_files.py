@@ -52,6 +52,22 @@ def stored(tensor: Any) -> StoredTensor:
     return StoredTensor(array.shape, array.dtype, lambda: array)
 
 
+def stored_tensors(where: str, state: Any) -> dict[str, StoredTensor]:
+    """A state dict as stored tensors.
+
+    Raises:
+      ConvertError: it is something else.
+    """
+    import torch
+
+    if not isinstance(state, Mapping):
+        raise ConvertError(f"{where}: expected tensors by name, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ConvertError(f"{where}: expected a tensor as {name!r}, got {type(tensor).__name__}")
+    return {name: stored(tensor) for name, tensor in state.items()}
+
+
 def write_torch(path: pathlib.Path, plain: Mapping[str, Any], key: str, tensors: Mapping[str, StoredTensor]) -> None:
     """Writes {**plain, key: {name: tensor}}.
 

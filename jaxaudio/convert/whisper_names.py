@@ -200,7 +200,7 @@ def check(
         pattern = re.compile(rf"(?:model\.)?{part}[./].*?(?:blocks|layers)[./](\d+)[./]")
         found = len({match[1] for name in tensors if (match := pattern.match(name))})
         if found != getattr(config, f"num_{part}_layers"):
-            problems.append(f"{said[f'num_{part}_layers']}, but there are tensors of {found}")
+            problems.append(f"{said[f'num_{part}_layers']}, but there are tensors of {found} layers")
     expected = {parameter.name(layout): parameter for parameter in parameters(config)}
     for name, parameter in expected.items():
         shape = parameter.shape if layout == "jaxaudio" else parameter.upstream_shape

@@ -6,6 +6,7 @@ tokenizer's files. The folder of a training run is read the same way.
 
 import dataclasses
 import json
+import operator
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ import numpy as np
 from jaxaudio.config import ConfigError, from_dict
 from jaxaudio.convert import whisper_names
 from jaxaudio.convert.tensors import ConvertError, StoredTensor, read_safetensors
-from jaxaudio.convert.torch_files import read_torch, stored
+from jaxaudio.convert.torch_files import read_torch, stored_tensors
 from jaxaudio.convert.whisper_names import Layout
 from jaxaudio.models.whisper import SIZES, WhisperConfig
 
@@ -167,10 +168,13 @@ def _require_tied(folder: pathlib.Path, head: StoredTensor, embedding: StoredTen
 def _hf_alignment_heads(folder: pathlib.Path, config: WhisperConfig) -> tuple[tuple[int, int], ...] | None:
     path = folder / "generation_config.json"
     heads = _read_json(path).get("alignment_heads") if path.is_file() else None
-    if heads is None:
+    if not heads:
         return None
-    heads = tuple((layer, head) for layer, head in heads)
-    if all(layer < config.num_decoder_layers and head < config.num_heads for layer, head in heads):
+    try:
+        heads = tuple((operator.index(layer), operator.index(head)) for layer, head in heads)
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"{path}: expected alignment_heads as pairs of a layer and a head, got {heads}") from error
+    if all(0 <= layer < config.num_decoder_layers and 0 <= head < config.num_heads for layer, head in heads):
         return heads
     # Distilled checkpoints were published with their teacher's heads.
     warnings.warn(
@@ -196,7 +200,7 @@ def _hf_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
 
 def _read_shards(index: pathlib.Path, read: Callable) -> dict[str, StoredTensor]:
     names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict):
+    if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())):
         raise ConvertError(f"{index}: expected a 'weight_map' of tensors to files, got {names!r}")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(names.values())):
@@ -208,7 +212,7 @@ def _read_shards(index: pathlib.Path, read: Callable) -> dict[str, StoredTensor]
 
 
 def _read_bin(path: pathlib.Path) -> dict[str, StoredTensor]:
-    return {name: stored(tensor) for name, tensor in read_torch(path).items()}
+    return stored_tensors(str(path), read_torch(path))
 
 
 def _read_openai(path: pathlib.Path) -> Checkpoint:
@@ -217,9 +221,11 @@ def _read_openai(path: pathlib.Path) -> Checkpoint:
         keys = list(content)[:8] if isinstance(content, dict) else type(content).__name__
         raise ConvertError(f"{path}: expected OpenAI's 'dims' and 'model_state_dict', got {keys}")
     dims = content["dims"]
+    if not isinstance(dims, dict):
+        raise ConvertError(f"{path}: expected a dictionary as dims, got {type(dims).__name__}")
     config, said = _config(dims, 0, f"{path}: dims", heads=None)
     _require(f"{path}: dims", dims, {"n_text_state": config.embed_dim, "n_text_head": config.num_heads})
-    tensors = {name: stored(tensor) for name, tensor in content["model_state_dict"].items()}
+    tensors = stored_tensors(f"{path}: model_state_dict", content["model_state_dict"])
     whisper_names.check(config, "openai", tensors, str(path), said)
     config = dataclasses.replace(config, alignment_heads=_published_heads(path, config))
     return Checkpoint(path, "openai", config, _to_ours(config, "openai", tensors))

@@ -150,7 +150,8 @@ def test_a_checkpoint_of_eight_devices_opens_on_one_cpu_without_model_code(tmp_p
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= {
-        "jaxaudio", "jaxaudio.convert", "jaxaudio.convert.export", "jaxaudio.data", "jaxaudio.data.files"
+        "jaxaudio", "jaxaudio.convert", "jaxaudio.convert.export", "jaxaudio.convert.tensors", "jaxaudio.data",
+            "jaxaudio.data.files"
     }  # fmt: skip
     loaded = load(tmp_path / "a.safetensors")
     for name, array in by_hand(params).items():
