@@ -1,7 +1,7 @@
 """SpecAugment: warps spectrograms in time and masks bands of frequencies and stretches of time.
 
-Park et al. 2019, SpecAugment, https://arxiv.org/abs/1904.08779, section 2. The warp is piecewise linear in time, which is
-what the paper's six anchor points amount to along the line that they hold.
+Park et al. 2019, SpecAugment, https://arxiv.org/abs/1904.08779, section 2. The warp is piecewise linear in time,
+which is what the paper's six anchor points amount to along the line that they hold.
 """
 
 import dataclasses
