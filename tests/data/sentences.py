@@ -1,0 +1,26 @@
+"""A sentence in each of many languages and scripts."""
+
+SENTENCES = {
+    "en": " And so my fellow Americans, ask not what your country can do for you; I'll say it's 1961, they've said.",
+    "zh": "今天天气很好，我们去公园散步吧。一共有三百二十五个人参加。",
+    "de": "Die Straße nach Köln ist überflutet, größere Schäden gab's jedoch nicht.",
+    "es": "¿Dónde está el niño que compró veintitrés manzanas? ¡Mañana lo sabrán!",
+    "ru": "Съешь же ещё этих мягких французских булок, да выпей чаю в 7 часов.",
+    "ko": "오늘 아침에 지하철을 타고 회사에 갔는데 사람이 정말 많았어요.",
+    "fr": "L'été dernier, nous étions à Besançon où j'ai mangé des crêpes « au sucre ».",
+    "ja": "東京の天気は晴れです。カタカナとひらがなを混ぜて話しましょう！",
+    "pt": "Não há dúvida de que as ações subiram; você já pagou R$ 1.250,00?",
+    "tr": "Işıl işıl İstanbul'da ağaçların gölgesinde çay içtik, öğleden sonra yağmur yağdı.",
+    "pl": "Zażółć gęślą jaźń, powiedział źrebak, i pobiegł przez łąkę o 8:30.",
+    "ar": "ذهبتُ إلى السوق صباحًا واشتريت ثلاثة كيلوغرامات من البرتقال، ثم عدتُ ٢٤ مرة.",
+    "hi": "मैंने कल रात एक बहुत अच्छी फ़िल्म देखी, जिसका नाम याद नहीं है। १२३",
+    "fi": "Hääyöaie ei toteutunut, koska lumimyrsky yllätti matkustajat Jyväskylässä.",
+    "vi": "Hôm qua tôi đã đi chợ mua rau, nhưng trời mưa to quá nên về nhà sớm.",
+    "he": "שָׁלוֹם לכולם, היום נדבר על מזג האוויר בתל אביב ועל הרכבת ב־15:40.",
+    "uk": "Її ґанок під'їжджає до зеленого гаю; щойно з'явилося сонце, їжак утік.",
+    "el": "Η γρήγορη αλεπού πηδάει πάνω από το τεμπέλικο σκυλί, είπε ο Οδυσσέας.",
+    "th": "วันนี้อากาศดีมาก เราไปเดินเล่นที่สวนสาธารณะกันเถอะ ๑๒๓",
+    "sw": "Watoto walikwenda shuleni asubuhi na mapema wakiimba nyimbo nzuri.",
+    "yue": "佢哋琴日喺旺角食咗碗雲吞麵，好好味㗎！",
+    "my": "မင်္ဂလာပါ ခင်ဗျာ၊ နေကောင်းလား။",
+}
