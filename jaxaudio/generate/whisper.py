@@ -22,6 +22,7 @@ from jaxaudio.generate.whisper_rules import Rules, SpecialIds, apply_rules
 from jaxaudio.models.whisper import TOKENS_PER_SECOND, Whisper, init_cache
 from jaxaudio.nn.transformer import cross_caches, unstack_layers
 from jaxaudio.ops.attention import KVCache
+from jaxaudio.ops.quantization import dequantize, quantize
 
 _CHUNK = 16  # prompt tokens that go through the decoder at once
 
@@ -144,14 +145,49 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
-def inference_params(params: Any) -> Any:
-    """Parameters laid out for decoding: the decoder's layers apart, once, instead of at every token."""
-    return {"encoder": params["encoder"], "decoder": unstack_layers(params["decoder"])}
+def inference_params(params: Any, *, int8: bool = False) -> Any:
+    """Parameters laid out for decoding: the decoder's layers apart, once, instead of at every token.
+
+    Args:
+      params: as trained or loaded.
+      int8: keeps the decoder's matrices in 8 bits, a quarter of the bytes; see `ops.quantization` for their error. An
+        accelerator reads them so at every token; a CPU, which has no such product, expands them at each call.
+    """
+    decoder = unstack_layers(params["decoder"])
+    return {"encoder": params["encoder"], "decoder": _quantized(decoder) if int8 else decoder}
+
+
+def _quantized(tree: Any, name: str = "") -> Any:
+    out = {}
+    for child, value in tree.items():
+        if isinstance(value, dict):
+            out[child] = _quantized(value, child)
+        elif child == "kernel":
+            out[child], out["kernel_scale"] = quantize(value, num_input_axes=2 if name == "out" else 1)
+        elif child == "token_embedding":
+            table, out["token_embedding_scale"] = quantize(value.T, num_input_axes=1)
+            out[child] = table.T
+        else:
+            out[child] = value
+    return out
+
+
+def _expanded(tree: Any) -> Any:
+    """On a CPU, the float matrices of 8-bit ones; a product of mixed types is fifty times slower there."""
+    if not isinstance(tree, dict) or jax.default_backend() != "cpu":
+        return tree
+    out = {name: _expanded(value) for name, value in tree.items() if not name.endswith("_scale")}
+    if "kernel_scale" in tree:
+        out["kernel"] = dequantize(tree["kernel"], tree["kernel_scale"])
+    if "token_embedding_scale" in tree:
+        out["token_embedding"] = dequantize(tree["token_embedding"].T, tree["token_embedding_scale"]).T
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: Whisper, params: Any, mel: jax.Array) -> Memory:
     """Log-mel windows (B, T, M) -> keys and values of the decoder's cross-attention to them; `inference_params`."""
+    params = _expanded(params)
     hidden = model.apply({"params": params}, mel, method="encode")
     return cross_caches(model.config.decoder, params["decoder"]["transformer"], hidden)
 
@@ -173,7 +209,7 @@ def detect_language(model: Whisper, params: Any, tokenizer: WhisperTokenizer, me
 def _language_probabilities(model, params, memory, sot, ids):
     batch = _batch_size(model, memory)
     tokens, cache = jnp.full((batch, 1), sot, jnp.int32), init_cache(model.config, batch, 1)
-    variables = {"params": params}
+    variables = {"params": _expanded(params)}
     hidden, _ = model.apply(variables, tokens, memory, cache=cache, slot=jnp.int32(0), method="decode")
     logits = model.apply(variables, hidden, method="logits")[:, 0]
     return jax.nn.softmax(logits[:, ids], axis=-1)
@@ -196,7 +232,7 @@ def teacher_forced(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Logits (B, L, V) of given texts (B, L), and the unscaled queries (B, L, N, H) of each layer's cross-attention."""
     cache = init_cache(model.config, *tokens.shape)
-    variables = {"params": params}
+    variables = {"params": _expanded(params)}
     (hidden, _), sown = model.apply(
         variables, tokens, memory, cache=cache, slot=jnp.int32(0), method="decode", mutable=["queries"]
     )
@@ -343,7 +379,7 @@ def _decode(static, params, memory, prompts, rules, search, keys):
     slots for each step; a mask shows each of them its own past.
     """
     model, ids, group_size, max_tokens, max_finished = static
-    config, variables = model.config, {"params": params}
+    config, variables = model.config, {"params": _expanded(params)}
     batch, room = prompts.tokens.shape
     size = room + group_size * max_tokens
     first = (room - prompts.lengths)[:, None]  # slot of the prompt's first token

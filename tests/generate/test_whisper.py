@@ -230,6 +230,36 @@ def test_teacher_forced_logits_and_queries_equal_openai_whisper(pair):
         np.testing.assert_allclose(products, found[layer].numpy(), atol=1e-4)
 
 
+def test_int8_weights_are_the_rounded_ones(pair):
+    stacked = peers.from_openai(pair.peer)[1]
+    quantized = inference_params(stacked, int8=True)
+
+    def num_bytes(params):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(params["decoder"]))
+
+    assert num_bytes(quantized) < 0.3 * num_bytes(pair.params)
+
+    def by_hand(tree):
+        if not isinstance(tree, dict):
+            return tree
+        out = {name: by_hand(value) for name, value in tree.items() if not name.endswith("_scale")}
+        if "kernel_scale" in tree:  # the scale's axes are the last of the kernel's
+            out["kernel"] = jnp.asarray(np.asarray(tree["kernel"], np.float32) * np.asarray(tree["kernel_scale"]))
+        if "token_embedding_scale" in tree:
+            scale = np.asarray(tree["token_embedding_scale"])[:, None]
+            out["token_embedding"] = jnp.asarray(np.asarray(tree["token_embedding"], np.float32) * scale)
+        return out
+
+    expected = by_hand(quantized)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 50_000, (ROWS, 6)))
+    ours, _ = teacher_forced(pair.model, quantized, pair.memory, tokens)
+    theirs, _ = teacher_forced(pair.model, expected, pair.memory, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    exact, _ = teacher_forced(pair.model, pair.params, pair.memory, tokens)
+    error = np.sqrt(np.mean((np.asarray(ours) - exact) ** 2) / np.var(exact))
+    assert 1e-4 < error < 0.05
+
+
 def random_rules(rng, batch, vocab_size, begin):
     return Rules(
         suppressed=jnp.asarray(rng.random((batch, vocab_size)) < 0.1),
