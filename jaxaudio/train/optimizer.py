@@ -1,8 +1,10 @@
 """Optimizers and learning-rate schedules, from one frozen config."""
 
 import dataclasses
+import re
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,6 +27,7 @@ class OptimizerConfig:
       epsilon: added to the root of the mean of squares.
       weight_decay: only with "adamw".
       clip_norm: gradients with a larger global norm are scaled down to it; None leaves them.
+      frozen: regular expressions; a parameter in whose path one is found stays as it is, bit for bit, and has no state.
     Raises:
       ValueError: a field that the schedule or optimizer needs is missing, or one that it would ignore is set.
     """
@@ -41,6 +44,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         decays = self.schedule in ("cosine", "linear")
@@ -97,15 +101,34 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping, Adam (Kingma & Ba 2015, algorithm 1), decoupled weight decay, learning rate.
 
-    The state's layout does not depend on the options, so a checkpoint fits a run that changes them.
+    The state's layout depends on no option but `frozen`, so a checkpoint fits a run that changes the others.
+
+    Raises:
+      ValueError: when its state is made, if an expression of `frozen` is found in no parameter's path.
     """
     identity = optax.identity()
-    return optax.chain(
+    optimizer = optax.chain(
         identity if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else identity,
         optax.scale_by_learning_rate(make_schedule(config)),
     )
+    if not config.frozen:
+        return optimizer
+    transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, lambda params: _labels(params, config.frozen))
+
+
+def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
+    """ "trained" or "frozen" for each parameter, a box counted whole."""
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for expression in frozen:
+        if not any(re.search(expression, path) for path in paths):
+            raise ValueError(f"frozen: {expression!r} is in no parameter's path, such as {', '.join(paths[:5])}")
+    labels = ["frozen" if any(re.search(expression, path) for expression in frozen) else "trained" for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_box), labels)
 
 
 def _decayed(params: Any) -> Any:

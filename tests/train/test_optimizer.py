@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -102,6 +103,29 @@ def test_the_state_layout_does_not_depend_on_the_options():
     full = make_optimizer(OptimizerConfig(name="adamw", weight_decay=0.1, clip_norm=1.0)).init(params)
     paths = [[jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)] for tree in (plain, full)]
     assert paths[0] == paths[1]
+
+
+def test_frozen_parameters_stay_bit_for_bit_and_have_no_state():
+    config = OptimizerConfig(name="adamw", learning_rate=0.1, weight_decay=0.1, clip_norm=1.0, frozen=("^base/", "pos"))
+    rng = np.random.default_rng(0)
+    new = {"kernel": jnp.asarray(rng.standard_normal(3), jnp.float32)}
+    base = {"base": {"kernel": jnp.asarray(rng.standard_normal(3), jnp.float32)}, "position": jnp.ones(2)}
+    grads = {"kernel": jnp.ones(3)}
+    optimizer, alone = make_optimizer(config), make_optimizer(dataclasses.replace(config, frozen=()))
+    params = base | {"new": new}
+    state, lone_state = optimizer.init(params), alone.init(new)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(leaf.size for leaf in jax.tree.leaves(lone_state))
+    # Their gradients do not count in the norm that is clipped, which is why the other update is that of `alone`.
+    updates, _ = optimizer.update(
+        {"base": base["base"], "position": jnp.ones(2), "new": grads}, state, base | {"new": new}
+    )
+    lone_updates, _ = alone.update(grads, lone_state, new)
+    np.testing.assert_array_equal(updates["new"]["kernel"], lone_updates["kernel"])
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(after["base"]["kernel"], base["base"]["kernel"])
+    np.testing.assert_array_equal(after["position"], base["position"])
+    with pytest.raises(ValueError, match=r"frozen: 'nothing' is in no parameter's path, such as base/kernel, position"):
+        make_optimizer(OptimizerConfig(frozen=("nothing",))).init(base)
 
 
 @pytest.mark.parametrize(
