@@ -147,7 +147,7 @@ class TranscribeOptions:
     def group_size(self) -> int:
         """Hypotheses per window that decoding needs at most, over all temperatures."""
         attempts = [self.decoding(temperature) for temperature in self.temperature]
-        return max(2 if attempt.is_beam else attempt.width for attempt in attempts)
+        return max(max(attempt.width, 1 + attempt.is_beam) for attempt in attempts)
 
     def decoding(self, temperature: float, **window: Any) -> DecodingOptions:
         """A window's options at one temperature; `window` are fields that differ from window to window."""
