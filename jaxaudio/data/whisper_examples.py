@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxaudio.data.manifests import TimedText, Utterance
+from jaxaudio.data.manifests import ManifestError, TimedText, Utterance
 from jaxaudio.data.whisper_tokenizer import LANGUAGES_WITHOUT_SPACES, SECONDS_PER_TIMESTAMP, WhisperTokenizer
 
 TICK_S = SECONDS_PER_TIMESTAMP
@@ -62,14 +62,14 @@ def cut_windows(utterance: Utterance, duration_s: float, window_s: float = 30.0)
       duration_s: of its audio.
       window_s: length of a window; the last one may reach beyond the audio.
     Raises:
-      ValueError: a segment is blank, shorter than a tick, not after the one before it, beyond the audio or longer than
-        a window; or a text without times is for more audio than a window. The message names audio and place.
+      ManifestError: a segment is blank, shorter than a tick, not after the one before it, beyond the audio or longer
+        than a window; or a text without times is for more audio than a window. The message names audio and place.
     """
     window, total = round(window_s / TICK_S), round(duration_s / TICK_S)
     before = [(utterance.previous_text or "").strip()]
     if not utterance.segments and (utterance.text or "").strip():
         if total > window:
-            raise ValueError(
+            raise ManifestError(
                 f"{utterance.audio}: {duration_s:.2f} s with a text but no segments, a window has {window_s:.2f} s; "
                 "give the times of its segments, or cut the audio"
             )
@@ -102,15 +102,15 @@ def _ticks(utterance: Utterance, total: int, window: int) -> list[tuple[int, int
         first, last = round(segment.start_s / TICK_S), round(segment.end_s / TICK_S)
         name = f"{utterance.audio}: segment {number}, {segment.start_s} to {segment.end_s} s"
         if not segment.text.strip():
-            raise ValueError(f"{name}, has no text; leave it out")
+            raise ManifestError(f"{name}, has no text; leave it out")
         if last <= first:
-            raise ValueError(f"{name}, is shorter than {TICK_S} s once rounded")
+            raise ManifestError(f"{name}, is shorter than {TICK_S} s once rounded")
         if first < end:
-            raise ValueError(f"{name}, begins before the one before it ends; sort or merge them")
+            raise ManifestError(f"{name}, begins before the one before it ends; sort or merge them")
         if last > total + 1:
-            raise ValueError(f"{name}, ends after the audio of {_seconds(total)} s")
+            raise ManifestError(f"{name}, ends after the audio of {_seconds(total)} s")
         if last - first > window:
-            raise ValueError(f"{name}, is longer than a window of {_seconds(window)} s; split it")
+            raise ManifestError(f"{name}, is longer than a window of {_seconds(window)} s; split it")
         spans.append((first, last, segment.text))
         end = last
     return spans
