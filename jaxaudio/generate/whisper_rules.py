@@ -94,8 +94,11 @@ def _penalise_repetition(logits, tokens, step, rules):
         penalty = rules.repetition_penalty[:, None, None]
         new = jnp.where(old > 0, old / penalty, old * penalty)
         # A token said twice is penalised once: min and max, unlike a product, do not mind.
-        return logits.at[rows].min(jnp.where(sampled & (penalty >= 1), new, jnp.inf)).at[rows].max(
-            jnp.where(sampled & (penalty < 1), new, -jnp.inf)
+        return (
+            logits.at[rows]
+            .min(jnp.where(sampled & (penalty >= 1), new, jnp.inf))
+            .at[rows]
+            .max(jnp.where(sampled & (penalty < 1), new, -jnp.inf))
         )
 
     def forbid_ngrams(logits):
