@@ -175,7 +175,7 @@ class Decoder(nn.Module):
           ((B, L, D), updated cache or None).
         """
         config = self.config
-        if tokens.shape[1] > config.text_length:
+        if positions is None and tokens.shape[1] > config.text_length:
             raise ValueError(f"the decoder has {config.text_length} positions, got {tokens.shape[1]} tokens")
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         x = jnp.take(self.token_embedding, tokens, axis=0)
