@@ -70,7 +70,7 @@ def test_segments_are_where_the_digits_are(clips, overflow):
         assert not waveform[num_frames * 160 + 160 :].any()
         numbers.add(len(window.segments))
     assert len(numbers) >= 3
-    assert cuts > (25 if overflow else 0)
+    assert cuts > (20 if overflow else 0)
 
 
 def test_windows_without_speech_have_noise_and_no_segments(clips):
