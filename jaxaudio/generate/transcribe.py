@@ -182,9 +182,10 @@ class _Engine:
     """The model with the options of a call: it opens files and answers the requests of a batch."""
 
     def __init__(self, model: Whisper, params: Any, tokenizer: WhisperTokenizer, key: jax.Array, options: Any):
-        self.model, self.params, self.tokenizer, self.key = model, inference_params(params), tokenizer, key
+        self.model, self.tokenizer, self.key = model, tokenizer, key
         self.options = options_for(options, tokenizer)
         self.initial_tokens, self.prompt_length = initial_prompt(options, tokenizer, model.config.text_length)
+        self.params = inference_params(params)
 
     def open(self, file: Any) -> list[_Stream]:
         """Reads a file as far as its mel and its clips; its streams have not begun."""
