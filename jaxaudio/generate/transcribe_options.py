@@ -47,7 +47,8 @@ class TranscribeOptions:
         `EnergyDetector` if batched.
       batched: the clips that vad finds are transcribed at the same time, each as if it were alone. Everything else acts
         as it does without, where one window comes after the other.
-      batch_size: windows per call of the model; the one shape that is compiled. The result does not depend on it.
+      batch_size: windows per call of the model; the one shape that is compiled. Results do not depend on it. Rows are
+        filled by the clips of a batched audio and by many files; one audio in sequence fills one.
       task, language, sample_len, best_of, beam_size, patience, length_penalty, suppress_tokens, suppress_blank,
         without_timestamps, max_initial_timestamp, repetition_penalty, no_repeat_ngram_size, hotwords: see
         `DecodingOptions`. beam_size and patience act at temperature 0, best_of above it. No language: it is detected

@@ -253,7 +253,7 @@ def _skip_hallucinations(step: _Step, window: _Window, last_speech_s: float, thr
     first = next((segment for segment in segments if segment.words), None)
     if first is not None and _is_anomalous(first):
         gap = first.start - window.start_s
-        if gap > threshold:
+        if gap > threshold and round(gap * FRAME_RATE) > 0:
             return _Step(None, window.seek + round(gap * FRAME_RATE), window.seek)
     for index, segment in enumerate(segments):
         if not segment.words:
@@ -316,9 +316,9 @@ def _prompt(
     history: list[int], reset: int, num_initial: int, limit: int, options: TranscribeOptions
 ) -> tuple[int, ...]:
     """The tokens before a window: the last `limit` since the reset; a carried initial prompt takes its part of them."""
-    if not options.carry_initial_prompt:
-        return tuple(history[reset:][-limit:])
-    return tuple(history[:num_initial] + history[max(num_initial, reset) :][-(limit - num_initial) :])
+    num_kept = num_initial if options.carry_initial_prompt else 0
+    first = max(num_kept, reset, len(history) - (limit - num_kept))
+    return tuple(history[:num_kept] + history[first:])
 
 
 def _seconds(frames: int) -> float:

@@ -209,6 +209,9 @@ def test_hotwords_leave_less_room_for_the_prompt(monkeypatch):
     scripted.transcribe(18_000, language="en", hotwords="Ortega Quilter")
     num_hotwords = len(TOKENIZER.encode(" Ortega Quilter"))
     assert [len(question.prompt) for _, question in scripted.asked][-1] == 223 - num_hotwords
+    scripted.asked.clear()
+    scripted.transcribe(18_000, language="en", hotwords=TOKENIZER.decode(HELLO[:1] * 223))
+    assert {question.prompt for _, question in scripted.asked} == {()}
 
 
 def test_attempts_are_named_by_window_and_number(monkeypatch):
