@@ -11,6 +11,7 @@ import pytest
 import whisper.timing
 
 from jaxaudio.data.audio import load_audio
+from jaxaudio.data.byte_pair import BytePairEncoding
 from jaxaudio.data.transcripts import to_dict
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
 from jaxaudio.generate import whisper as decoding
@@ -61,15 +62,18 @@ def test_real_speech_is_transcribed_as_by_openai_whisper(monkeypatch, recording)
 
 @pytest.fixture(scope="module")
 def short():
-    """A model with a window of 4 s, and its tokenizer."""
-    config = dataclasses.replace(MULTILINGUAL, num_frames=400, text_length=64)
-    tokenizer = dataclasses.replace(TOKENIZER, num_timestamps=201)
-    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    """A model with a window of 4 s and 1200 tokens, and its tokenizer."""
+    tokenizer = WhisperTokenizer.for_ranks(BytePairEncoding(TOKENIZER.bpe.tokens[:1000]), ("en", "de"), 201)
+    kept = [
+        *range(1000), TOKENIZER.eot, TOKENIZER.sot, *(TOKENIZER.language_ids[code] for code in tokenizer.languages),
+        *range(TOKENIZER.translate, TOKENIZER.timestamp_begin + tokenizer.num_timestamps),
+    ]  # fmt: skip
+    config = dataclasses.replace(MULTILINGUAL, num_frames=400, text_length=64, vocab_size=tokenizer.vocab_size)
     _, params, _ = from_openai(make_openai(SEED))
-    params["encoder"]["position_embedding"] = params["encoder"]["position_embedding"][: config.num_positions]
-    decoder = params["decoder"]
+    encoder, decoder = params["encoder"], params["decoder"]
+    encoder["position_embedding"] = encoder["position_embedding"][: config.num_positions]
     decoder["position_embedding"] = decoder["position_embedding"][: config.text_length]
-    decoder["token_embedding"] = decoder["token_embedding"][: config.vocab_size]
+    decoder["token_embedding"] = decoder["token_embedding"][np.array(kept)]
     return Whisper(config), decoding.inference_params(params), tokenizer
 
 
@@ -106,6 +110,7 @@ def test_results_do_not_depend_on_the_batch_or_on_other_files(short, batched):
     alone = [transcribe(model, params, file, tokenizer=tokenizer, **options) for file in files]
     temperatures = [segment.temperature for result in alone for segment in result.segments]
     assert set(temperatures) == {0.0, 0.7}  # some rows fell back, others did not
+    assert len({segment.tokens for result in alone for segment in result.segments}) > 6
     for batch_size in (3, 8):
         places = {id(file): place for place, file in enumerate(files)}
         results = transcribe_many(model, params, files[::-1], tokenizer=tokenizer, batch_size=batch_size, **options)
