@@ -165,7 +165,7 @@ def sentence_batches(
     *,
     seed: int,
     timestamps_rate: float = 0.85,
-    previous_rate: float = 0.2,
+    previous_rate: float = 0.5,
 ) -> grain.DatasetIterator:
     """Batches of training sentences of random clips: those of the first stage, then those of the next, to the end.
 
@@ -213,14 +213,15 @@ class _MakeBatch(grain.transforms.RandomMap):
         }
 
     def _previous(self, rng: np.random.Generator, timestamps: bool) -> list[int]:
-        tokens, tick = [], 0
-        for digit in rng.integers(len(WORDS), size=rng.integers(1, 9)):
-            first = tick + int(rng.integers(30))
+        tokens, tick = [], int(rng.integers(self.tokenizer.num_timestamps))
+        for digit in rng.integers(len(WORDS), size=rng.integers(1, 13)):
+            first = tick + int(rng.integers(2, 35))
             tick = first + int(rng.integers(10, 40))
+            if tick >= self.tokenizer.num_timestamps:  # the next window begins
+                first, tick = int(rng.integers(35)), int(rng.integers(45, 75))
             text = self.tokenizer.encode(" " + WORDS[digit])
-            if timestamps and tick < self.tokenizer.num_timestamps:
-                text = [self.tokenizer.timestamp_begin + first, *text, self.tokenizer.timestamp_begin + tick]
-            tokens += text
+            times = (self.tokenizer.timestamp_begin + first, self.tokenizer.timestamp_begin + tick)
+            tokens += [times[0], *text, times[1]] if timestamps else text
         return tokens
 
 
