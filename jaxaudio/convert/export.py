@@ -21,13 +21,13 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors
 
-from jaxaudio.convert.tensors import SAFETENSORS_DTYPES, safetensors_header
+from jaxaudio.convert.tensors import SAFETENSORS_DTYPES, ConvertError, safetensors_header
 from jaxaudio.data.files import atomic_path
 
 LAYERS = "layers"
 
 
-class ExportError(Exception):
+class ExportError(ConvertError):
     """A checkpoint or an exported file cannot be read or written; the message names the file and what was expected."""
 
 

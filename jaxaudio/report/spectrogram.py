@@ -22,20 +22,24 @@ _RANGE_DB = 80  # as Whisper's features: 8 decades of power
 
 
 def plot_spectrogram(
-    waveform_or_blocks: np.ndarray | Iterable[np.ndarray], sample_rate: int, out_path: str | os.PathLike
+    waveform_or_blocks: np.ndarray | Iterable[np.ndarray],
+    sample_rate: int,
+    out_path: str | os.PathLike,
+    *,
+    start_s: float = 0.0,
 ) -> None:
     """Writes `spectrogram_figure` to a file in the format of its suffix: .png, .svg or .pdf.
 
     Raises:
       ValueError: audio that cannot be drawn (see `spectrogram_figure`), or an unknown suffix; the message has it.
     """
-    figure = spectrogram_figure(waveform_or_blocks, sample_rate)
+    figure = spectrogram_figure(waveform_or_blocks, sample_rate, start_s=start_s)
     with atomic_path(out_path) as path:
         figure.savefig(path, dpi=150, transparent=True)
 
 
 def spectrogram_figure(
-    waveform_or_blocks: np.ndarray | Iterable[np.ndarray], sample_rate: int, *, num_mels: int = 80
+    waveform_or_blocks: np.ndarray | Iterable[np.ndarray], sample_rate: int, *, num_mels: int = 80, start_s: float = 0.0
 ) -> Figure:
     """Waveform, spectrogram in decibels and Whisper's log-mel features of a recording, over one time axis.
 
@@ -47,6 +51,7 @@ def spectrogram_figure(
       waveform_or_blocks: mono samples in [-1, 1]: an array (A,), or consecutive ones.
       sample_rate: in Hz; for the log-mel the samples are brought to 16 kHz.
       num_mels: bands of the log-mel.
+      start_s: where in the recording the samples begin; the time axis begins with it.
     Raises:
       ValueError: no samples, a sample that is not finite (with the second where it is), or an array that is not one
         channel of floats.
@@ -63,7 +68,7 @@ def spectrogram_figure(
     level_db = 10 * np.log10(np.maximum(power.rows(), 1e-12))
     features = log_mel.rows()
     features = (np.maximum(features, features.max() - _RANGE_DB / 10) + 4) / 4
-    return _draw(envelope.rows(), level_db, features, num_samples / sample_rate, sample_rate)
+    return _draw(envelope.rows(), level_db, features, (start_s, start_s + num_samples / sample_rate), sample_rate)
 
 
 @functools.partial(jax.jit, static_argnames=("sample_rate", "num_mels"))
@@ -147,34 +152,34 @@ def _extremes(rows: np.ndarray) -> np.ndarray:
     return np.stack([rows[..., 0].min(axis=1), rows[..., 1].max(axis=1)], axis=1)
 
 
-def _draw(envelope, level_db, features, duration_s, sample_rate) -> Figure:
+def _draw(envelope, level_db, features, span_s, sample_rate) -> Figure:
     figure = Figure(figsize=(9.6, 7.2), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1, 2, 2))
-    minutes = duration_s > 300
-    end = duration_s / 60 if minutes else duration_s
+    minutes = span_s[1] > 300
+    start, end = (time_s / 60 if minutes else time_s for time_s in span_s)
     wave, spectrum, mel = (style_axes(axes) for axes in panels)
 
-    edges = np.linspace(0, end, len(envelope) + 1)
+    edges = np.linspace(start, end, len(envelope) + 1)
     wave.stairs(envelope[:, 1], edges, baseline=envelope[:, 0], fill=True, color=COLOURS[0])
     wave.set_ylabel("waveform")
     peak = max(float(np.abs(envelope).max()), 1e-3)
     wave.set_ylim(-1.05 * peak, 1.05 * peak)
 
     top_db = max(float(level_db.max()), -40.0)
-    extent = (0, end, 0, sample_rate / 2000)
+    extent = (start, end, 0, sample_rate / 2000)
     _image(figure, spectrum, level_db, extent, (top_db - _RANGE_DB, top_db), "dB (0: a sine of full scale)")
     spectrum.set_ylabel("frequency (kHz)")
 
     num_mels = features.shape[1]
     low = max(float(features.max()) - 2, -1.5)
-    _image(figure, mel, features, (0, end, 0, num_mels), (low, low + 2), "log-mel as Whisper hears it")
+    _image(figure, mel, features, (start, end, 0, num_mels), (low, low + 2), "log-mel as Whisper hears it")
     bands = np.linspace(0, float(hz_to_mel(np.array(8000.0))), num_mels + 2)[1:-1]
     ticks = np.array([250.0, 500, 1000, 2000, 4000])
     places = np.interp(hz_to_mel(ticks), bands, np.arange(num_mels) + 0.5)
     mel.set_yticks(places, [f"{hz / 1000:g}" for hz in ticks])
     mel.set_ylabel(f"{num_mels} mel bands (kHz)")
     mel.set_xlabel("minutes" if minutes else "seconds")
-    mel.set_xlim(0, end)
+    mel.set_xlim(start, end)
     return figure
 
 
