@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxaudio.ops.sampling import most_likely
+
 
 class Search(NamedTuple):
     """How each audio is searched.
@@ -114,13 +116,14 @@ def _sampled(state, logits, normaliser, search, keys, eot):
     """Each hypothesis continued on its own; one that has ended repeats end-of-text at no cost."""
     group_size = logits.shape[1]
     ended = (state.step > 0) & (_last(state, state.step - 1) == eot)
-    likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likely = most_likely(logits)
     warm = search.temperature > 0
 
     def draw():
         scaled = logits / jnp.where(warm, search.temperature, 1.0)[:, None, None]
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(keys)
-        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, scaled).astype(jnp.int32)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[-1:])))(step_keys)
+        return most_likely(scaled + noise)
 
     drawn = lax.cond(jnp.any(warm & ~search.is_beam & ~state.done), draw, lambda: likely)
     in_use = jnp.arange(group_size)[None] < search.width[:, None]

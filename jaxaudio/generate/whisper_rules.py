@@ -114,5 +114,5 @@ def _penalise_repetition(logits, tokens, step, rules):
         repeats = lax.fori_loop(1, longest, compare, sampled & (size > 0))
         return logits.at[rows].min(jnp.where(repeats, -jnp.inf, jnp.inf))
 
-    logits = lax.cond(jnp.any(rules.repetition_penalty != 1), penalise, lambda x: x, logits)
-    return lax.cond(jnp.any(rules.no_repeat_ngram > 0), forbid_ngrams, lambda x: x, logits)
+    wanted = jnp.any(rules.repetition_penalty != 1) | jnp.any(rules.no_repeat_ngram > 0)
+    return lax.cond(wanted, lambda x: forbid_ngrams(penalise(x)), lambda x: x, logits)

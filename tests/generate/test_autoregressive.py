@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxaudio.generate import autoregressive
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig, init_cache
 from jaxaudio.nn.transformer_config import TransformerConfig
-from jaxaudio.ops.sampling import Sampling, filter_logits, make_sampling
+from jaxaudio.ops.sampling import Sampling, filter_logits, make_sampling, most_likely
 
 LENGTH = 24
 MODEL = MusicTransformer(
@@ -143,6 +143,13 @@ def loop_filter(logits, temperature, top_k, top_p):
         kept.append(token)
         total += weight
     return sorted(kept)
+
+
+def test_the_most_likely_token_is_the_first_of_the_largest():
+    logits = np.random.default_rng(0).integers(0, 4, (5, 3, 11)).astype(np.float32)
+    logits[0, 0] = -np.inf
+    logits[1, 1, 2:] = -np.inf
+    np.testing.assert_array_equal(most_likely(jnp.asarray(logits)), np.argmax(logits, axis=-1))
 
 
 def test_filters_equal_a_loop_per_row():
