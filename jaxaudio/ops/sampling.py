@@ -59,7 +59,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 
 def most_likely(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """argmax, the first of equals; jnp.argmax reduces pairs of value and index, which takes a CPU nine times as long."""
+    """argmax, the first of equals; jnp.argmax reduces pairs of value and index, which takes a CPU nine times longer."""
     index = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest, index, logits.shape[-1] - 1), axis=-1)
