@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(TfdsError, match="no split 'test-clean'; the splits are test_clean"):
         LibriSpeech(tmp_path / "a", "test-clean")
     prepare(tmp_path / "b", "1.0.0", lazy=False, text="transcript")
-    with pytest.raises(TfdsError, match="speech, transcript; expected speech at 16000 Hz"):
+    with pytest.raises(TfdsError, match="has id, speaker_id, speech, transcript; expected speech at 16000 Hz"):
         LibriSpeech(tmp_path / "b", "test_clean")
     info = next(tmp_path.glob("a/*/*/*/dataset_info.json"))
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
