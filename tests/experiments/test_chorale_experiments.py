@@ -194,7 +194,8 @@ def test_a_killed_run_ends_with_the_metrics_of_an_uninterrupted_one(tmp_path):
 
 def test_cards_name_their_rows_and_values_have_evidence():
     table = cards.all_cards()
-    rows = {card.command.rsplit("row=", 1)[1] for card in table if "row=" in card.command}
+    table = [card for card in table if "music_transformer_jsb" in card.command]
+    rows = {card.command.rsplit("row=", 1)[1] for card in table}
     assert rows == set(music_transformer_jsb.ROWS)
     paper = {card.system.split(", ")[1]: card.reported for card in table}
     assert paper["baseline"] == 0.417
