@@ -56,7 +56,8 @@ class LibriSpeech:
         builder = tfds.builder_from_directory(version)
         features = builder.info.features
         if not {"speech", "text", "id"} <= set(features) or features["speech"].sample_rate != SAMPLE_RATE:
-            raise TfdsError(f"{version} has {', '.join(sorted(features))}; expected speech at {SAMPLE_RATE} Hz, text and id")
+            found = ", ".join(sorted(features))
+            raise TfdsError(f"{version} has {found}; expected speech at {SAMPLE_RATE} Hz, text and id")
         if split.split("[")[0] not in builder.info.splits:
             raise TfdsError(f"{version} has no split {split!r}; the splits are {', '.join(builder.info.splits)}")
         if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:

@@ -163,9 +163,9 @@ def test_rows_say_what_is_heard(clips, tokenizer):
         heard = [WORDS[clips[round(value * 32) - 1].digit] for value in values]
         said = tokenizer.decode(targets[at : targets.index(tokenizer.eot)]).split("|>")[-1].split()
         times = [token for token in targets[at : targets.index(tokenizer.eot)] if token >= tokenizer.timestamp_begin]
-        if times and len(times) % 2:  # the segment that the end cuts
-            heard = heard[:-1]
-        assert said == heard
+        # With times the audio goes on behind the start of a segment that the end cuts, be it for a moment.
+        assert said == heard[: len(said)]
+        assert len(heard) - len(said) <= len(times) % 2
         kinds.add((at > 0, bool(times), len(times) % 2))
     assert {(False, True, 0), (True, True, 0), (False, False, 0), (True, False, 0), (False, True, 1)} <= kinds
 
