@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from matplotlib import image
 from safetensors.numpy import load_file
 from whisper_small import BYTES, SMALL
@@ -158,10 +159,11 @@ def recording(tmp_path_factory):
 def test_inspect_shows_audio(recording, capsys):
     assert cli.main(["inspect", str(recording)]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["container"], rows["codec"] == ("wav", "pcm_16")
+    assert (rows["container"], rows["codec"]) == ("wav", "pcm_16")
     assert rows["channels"] == "2"
     assert rows["bit"] == "depth        16"
     assert rows["sample"] == "rate      8000 Hz"
+    assert rows["heard"] == f"at         16000 Hz, resampled by soxr {soxr.__version__} VHQ"
     assert rows["samples"] == "2,000 per channel"
     assert rows["duration"] == "0.250 s (0 min 0.250 s)"
     assert rows["peak"] == "0.00 dBFS"

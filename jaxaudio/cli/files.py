@@ -166,7 +166,7 @@ def _print_arrays(arrays: dict) -> None:
 
 
 def _inspect_audio(path: pathlib.Path) -> None:
-    from jaxaudio.data.audio import audio_info, scan
+    from jaxaudio.data.audio import RESAMPLER, audio_info, scan
 
     info, found = audio_info(path), scan(path)
     minutes, seconds = divmod(info.duration_s, 60)
@@ -182,6 +182,7 @@ def _inspect_audio(path: pathlib.Path) -> None:
         "channels": f"{info.num_channels}",
         "bit depth": "none, a lossy codec" if info.bit_depth is None else f"{info.bit_depth}",
         "sample rate": f"{info.sample_rate} Hz",
+        "heard at": "16000 Hz" + ("" if info.sample_rate == 16000 else f", resampled by {RESAMPLER}"),
         "samples": f"{found.num_samples:,} per channel",
         "duration": f"{info.duration_s:.3f} s ({minutes:.0f} min {seconds:.3f} s)",
         "peak": level(found.peak),

@@ -17,7 +17,7 @@ import tqdm
 
 from jaxaudio.cli.transcribe_arguments import CACHE, DEVICES, SUBTITLE_OPTIONS, transcribe_options
 from jaxaudio.convert.whisper import load_whisper
-from jaxaudio.data.audio import AudioError, audio_info
+from jaxaudio.data.audio import RESAMPLER, AudioError, audio_info
 from jaxaudio.data.languages import LANGUAGES
 from jaxaudio.data.manifests import ManifestError, Utterance, read_manifest, shard
 from jaxaudio.data.result_lines import ResultLog
@@ -139,6 +139,7 @@ def _open_log(arguments: argparse.Namespace, jobs: Sequence[_Job], options: Tran
         name: getattr(arguments, name) for name in ("model", "tokenizer", "int8", "dtype", "seed")
     }
     del settings["batch_size"]  # on which nothing depends
+    settings["resampler"] = RESAMPLER
     settings["vad"] = options.vad and repr(options.vad)
     return ResultLog(path, {job.index: item(job.utterance) for job in jobs}, settings)
 

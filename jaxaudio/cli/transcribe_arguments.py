@@ -146,7 +146,8 @@ def _add_our_options(parser: Any) -> None:
     add("--repetition_penalty", type=float, default=1.0, help="above 1, tokens said before become less likely")
     add("--no_repeat_ngram_size", type=int, default=0, help="no sequence of so many tokens comes twice; 0 allows it")
     add("--tokenizer", help="its file or folder, in place of the model's own; .pt files have none")
-    add("--int8", **switch, default=False, help="decoder's weights in 8 bits: less memory, a slightly different model")
+    int8 = "decoder's weights in 8 bits, a slightly different model; a CPU expands them at each call and gains nothing"
+    add("--int8", **switch, default=False, help=int8)
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation; None is the model's own")
     add("--seed", type=int, default=0, help="of sampling above temperature 0")
     manifest = "instead of files, a list of them, one JSON object per line: audio, and perhaps language, duration_s, id"

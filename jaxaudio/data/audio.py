@@ -26,7 +26,7 @@ def _resampler() -> str:
 
 
 RESAMPLER = _resampler()
-"""Library, version and quality of every resampling done here; results name it."""
+"""Library, version and quality of every resampling done here; `inspect` and the results of a manifest name it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,8 @@ def transcribe_many(
     go on.
 
     Args:
-      files: audios as of `transcribe`, or `Utterance`s, whose language, if any, goes before that of the options.
+      files: audios as of `transcribe`, or `Utterance`s, whose language, if any, goes before that of the options; one of
+        another task or with a previous text is an error.
       progress: called with the file, its seconds done and its seconds in all.
       model, params, tokenizer, key, options, overrides: as of `transcribe`.
     Returns:
@@ -190,6 +191,8 @@ class _Engine:
     def open(self, file: Any) -> list[_Stream]:
         """Reads a file as far as its mel and its clips; its streams have not begun."""
         options, config = self.options, self.model.config
+        if isinstance(file, Utterance):
+            self._check(file)
         audio = file.audio if isinstance(file, Utterance) else file
         if isinstance(file, Utterance) and file.language is not None:
             options = options_for(dataclasses.replace(options, language=file.language), self.tokenizer)
@@ -207,6 +210,18 @@ class _Engine:
         parts = [[clip] for clip in clips] if options.batched else [clips]
         job.streams += [_Stream(job, self._requests(job, mel, part)) for part in parts or [[]]]
         return job.streams
+
+    def _check(self, utterance: Utterance):
+        if utterance.task != self.options.task:
+            raise ValueError(
+                f"{utterance.audio}: its task is {utterance.task!r}, that of the options {self.options.task!r}; "
+                "transcribe each task by a call of its own"
+            )
+        if utterance.previous_text is not None:
+            raise ValueError(
+                f"{utterance.audio}: previous_text={utterance.previous_text!r} is for training; a prompt is given as "
+                "initial_prompt"
+            )
 
     def _requests(self, job: _Job, mel: FileMel, clips: list[tuple[int, int]]) -> Generator:
         if job.language is None:

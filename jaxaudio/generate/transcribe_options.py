@@ -128,6 +128,16 @@ class TranscribeOptions:
             raise ValueError(f"best_of={self.best_of} acts above temperature 0, got {self.temperature}")
         if self.multilingual and self.language is not None:
             raise ValueError(f"multilingual detects each window's language; language={self.language!r} fixes it")
+        if self.without_timestamps and self.max_initial_timestamp not in (None, defaults["max_initial_timestamp"]):
+            raise ValueError(
+                f"max_initial_timestamp={self.max_initial_timestamp} has no effect with without_timestamps=True"
+            )
+        ratio = self.compression_ratio_threshold
+        if len(self.temperature) == 1 and ratio not in (None, defaults["compression_ratio_threshold"]):
+            raise ValueError(
+                f"compression_ratio_threshold={ratio} decides on the next temperature; the only one is "
+                f"{self.temperature[0]}"
+            )
         if self.batched and self.condition_on_previous_text:
             raise ValueError(
                 "condition_on_previous_text=True cannot be combined with batched=True: clips are transcribed at the "

@@ -150,10 +150,12 @@ def inference_params(params: Any, *, int8: bool = False) -> Any:
 
     Args:
       params: as trained or loaded.
-      int8: keeps the decoder's matrices in 8 bits, a quarter of the bytes; see `ops.quantization` for their error. An
-        accelerator reads them so at every token; a CPU, which has no such product, expands them at each call.
+      int8: keeps the decoder's matrices in 8 bits, a quarter of the bytes, each entry to within half a step of its
+        output's largest / 127. An accelerator reads them so at every token; a CPU, which has no such product, expands
+        them at each call.
     """
     decoder = unstack_layers(params["decoder"])
+    int8 = int8 and "token_embedding_scale" not in decoder  # they are already
     return {"encoder": params["encoder"], "decoder": _quantized(decoder) if int8 else decoder}
 
 
@@ -263,7 +265,8 @@ def decode(
     """Decodes each window by its options.
 
     All options are data of one program: another is compiled only for another batch or group size, for a prompt and
-    prefix beyond half the decoder's context, or for a longer `sample_len` than that.
+    prefix beyond half the decoder's context, for a longer `sample_len` than that, or for more finished beams than twice
+    the group size (a patience above 2).
 
     Args:
       model, params: with `inference_params`.

@@ -108,7 +108,7 @@ def test_logits_equal_openai_whisper(shape, tmp_path):
     assert checkpoint.dtype == "float32"
 
 
-@pytest.mark.parametrize("shape", ["v3", "small"])
+@pytest.mark.parametrize("shape", ["multilingual", "v3", "small"])
 def test_logits_equal_transformers(shape, tmp_path):
     config = SMALL if shape == "small" else whisper_peers.SHAPES[shape]
     peer = whisper_peers.make_hf(2, config, BYTES.eot if shape == "small" else None)

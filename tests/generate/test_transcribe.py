@@ -184,6 +184,18 @@ def test_an_utterance_brings_its_language(monkeypatch, tmp_path):
     assert [question.language for _, question in scripted.asked] == ["fr", "it"]
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [({"task": "translate"}, "a.wav: its task is 'translate', .* 'transcribe'"), ({"previous_text": "Eh"}, "'Eh'")],
+)
+def test_an_utterance_that_asks_for_something_else_is_an_error(monkeypatch, field, message):
+    Scripted(monkeypatch, lambda question: Answer(HELLO))
+    utterance = Utterance("a.wav", **field)
+    ((_, error),) = transcribe_many(MODEL, {}, [utterance], tokenizer=TOKENIZER, language="en")
+    with pytest.raises(ValueError, match=message):
+        raise error
+
+
 def test_progress_ends_with_the_duration(monkeypatch):
     scripted = Scripted(monkeypatch, lambda question: Answer(HELLO))
     seen = []
@@ -249,6 +261,8 @@ def test_attempts_are_named_by_window_and_number(monkeypatch):
         ({"best_of": 5, "temperature": 0.0}, "best_of=5"),
         ({"multilingual": True, "language": "de"}, "'de'"),
         ({"batched": True, "condition_on_previous_text": True}, "condition_on_previous_text=True"),
+        ({"without_timestamps": True, "max_initial_timestamp": 0.5}, "max_initial_timestamp=0.5"),
+        ({"temperature": 0.2, "compression_ratio_threshold": 3.0}, "compression_ratio_threshold=3.0.* only one is 0.2"),
         ({"batched": True, "prompt_reset_on_temperature": 0.3}, "prompt_reset_on_temperature=0.3"),
         ({"condition_on_previous_text": False, "prompt_reset_on_temperature": 0.3}, "0.3"),
         ({"task": "summarise"}, "summarise"),
