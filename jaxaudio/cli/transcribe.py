@@ -97,7 +97,7 @@ def _formats(arguments: argparse.Namespace) -> tuple[str, ...]:
 def _jobs(arguments: argparse.Namespace) -> list[_Job]:
     """This process's share of the files, whose outputs have names of their own."""
     if arguments.manifest is None:
-        utterances = [Utterance(audio) for audio in arguments.audio]
+        utterances = [Utterance(audio, task=arguments.task) for audio in arguments.audio]
     else:
         utterances = read_manifest(arguments.manifest)
         for utterance in utterances:
