@@ -114,11 +114,14 @@ def masked_softmax(
     bias: Float[Array, "#B #N T S"] | None,
 ) -> Float[Array, "B N T S"]:
     """Softmax over the keys after adding the bias and hiding what the mask hides."""
+    return jax.nn.softmax(_biased(logits, mask, bias), axis=-1)
+
+
+def _biased(logits: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    """Logits with the bias added and what the mask hides hidden."""
     if bias is not None:
         logits = logits + bias
-    if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
-    return jax.nn.softmax(logits, axis=-1)
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 
 def weighted_values(weights: Float[Array, "B N T S"], value: Float[Array, "B S K Hv"]) -> Float[Array, "B T N Hv"]:
@@ -146,10 +149,14 @@ def _mapped(query, key, value, mask, bias, scale, dropout_rate, dropout_key, dro
     def one_head(arrays):
         q, k, v, m, b, drop_key = arrays  # (B, G, T, H), (B, S, H), (B, S, Hv)
         logits = jnp.einsum("BGTH,BSH->BGTS", q, k, preferred_element_type=jnp.float32) * scale
-        weights = masked_softmax(logits, m, b)
+        logits = _biased(logits, m, b)
+        # The sum divides the result instead of the weights, which spares a pass over them.
+        weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
         if dropout_rate:
             weights = dropout_ops.dropout(drop_key, weights, dropout_rate, dropout_generator)
-        return jnp.einsum("BGTS,BSH->BGTH", weights.astype(v.dtype), v)
+        values = jnp.einsum("BGTS,BSH->BGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (values / total).astype(v.dtype)
 
     keys = jax.random.split(dropout_key, num_kv_heads) if dropout_rate else None
     heads = (
