@@ -133,7 +133,11 @@ def write_page(
             page.Section(
                 "Training",
                 (
-                    page.Figure(losses, alt="Training and held-out loss over steps."),
+                    page.Figure(
+                        losses,
+                        alt="Training and held-out loss over steps.",
+                        caption="Training begins with short windows, see the config; held-out ones are the model's.",
+                    ),
                     page.Figure(errors, alt="Word error rates on held-out takes over steps."),
                 ),
             ),
@@ -160,7 +164,7 @@ def heard_figure(utterance: Utterance, result: Transcription) -> Figure:
     mel = np.asarray(whisper_log_mel(utterance.waveform[None])[0])
     duration_s = mel.shape[0] / FRAME_RATE
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
-    axes = figure.add_subplot()
+    axes = plots.style_axes(figure.add_subplot(), grid="x")
     axes.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, duration_s, 0, mel.shape[1]))
     top, middle = mel.shape[1] * 1.03, mel.shape[1] * 0.9
     for segment in utterance.segments:
@@ -173,5 +177,4 @@ def heard_figure(utterance: Utterance, result: Transcription) -> Figure:
         axes.text(place, middle, segment.text.strip(), ha="center", va="center", color="white", fontsize=9)
     axes.set_xlabel("seconds; above: said, within: heard, lines: the times that were heard")
     axes.set_ylabel("mel")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -292,9 +292,9 @@ def report(config: Config, workdir: pathlib.Path, scores, *, steps: int, seconds
     about = (
         "Free Spoken Digit Dataset, its own split: takes 0 to 4 of each of ten digits and six speakers are the test "
         f"set; take 5 was held out and chose step {steps}. A sentence is 3 to 6 test takes of any speakers with pauses "
-        f"of 0.1 to 0.6 s, each take in {config.test_rounds} sentences; a recording is 60 of them. All are transcribed "
-        "by generate.transcribe with timestamps and its default options, from the model folder that this run wrote. "
-        "Boundary errors are those of the sentences in which every segment has the right word."
+        f"of 0.1 to 0.6 s of digital silence, each take in {config.test_rounds} sentences; a recording is 60 of them. "
+        "All are transcribed by generate.transcribe with timestamps and its default options, by the model folder that "
+        "this run wrote. Boundary errors are those of the sentences in which every segment has the right word."
     )
     path = digit_report.write_page(
         workdir, headline=headline, about=about, scores=scores, cards=cards, config=config_lib.to_json(config)
