@@ -75,7 +75,7 @@ CARDS = (
 STAGES = (
     Stage(1000, 32, 16, SentenceConfig(window_s=1.2, num_digits=(1, 2), lead_s=(0.0, 0.3), overflow_rate=0.0)),
     Stage(1200, 24, 24, SentenceConfig(window_s=2.4, num_digits=(1, 3), lead_s=(0.0, 0.6), overflow_rate=0.1)),
-    Stage(3800, 16, 64, SentenceConfig(window_s=6.0, num_digits=(1, 6), overflow_rate=0.3)),
+    Stage(4800, 16, 64, SentenceConfig(window_s=6.0, num_digits=(1, 6), overflow_rate=0.3)),
 )
 
 
@@ -118,7 +118,7 @@ class Config:
         learning_rate=1e-3,
         schedule="cosine",
         warmup_steps=100,
-        num_steps=6000,
+        num_steps=7000,
         b2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,
@@ -126,7 +126,7 @@ class Config:
     )
     data_dir: str = "data"
     num_merges: int = 35
-    timestamps_rate: float = 0.85
+    timestamps_rate: float = 0.7
     previous_rate: float = 0.5
     log_every: int = 20
     evaluate_every: int = 500
