@@ -65,17 +65,28 @@ def card(system: str, metric: str, **reached) -> Card:
     )
 
 
+TRAINED = {"status": "trained", "steps": 6000, "hardware": "2 cores of an AMD EPYC, 36 minutes beside other work"}
 CARDS = (
-    card("Whisper, spoken digits", "WER on the 300 test digits of FSDD, %"),
-    card("Whisper, spoken digit sentences", "WER on 3 to 6 joined test digits of FSDD with timestamps, %"),
-    card("Whisper, spoken digit recordings", "WER on 60 joined test digits of FSDD with timestamps, %"),
+    card("Whisper, spoken digits", "WER on the 300 test digits of FSDD, %", reached=1.33, **TRAINED),
+    card(
+        "Whisper, spoken digit sentences",
+        "WER on 3 to 6 joined test digits of FSDD with timestamps, %",
+        reached=0.67,
+        **TRAINED,
+    ),
+    card(
+        "Whisper, spoken digit recordings",
+        "WER on 60 joined test digits of FSDD with timestamps, %",
+        reached=1.33,
+        **TRAINED,
+    ),
 )
 
 
 STAGES = (
     Stage(1000, 32, 16, SentenceConfig(window_s=1.2, num_digits=(1, 2), lead_s=(0.0, 0.3), overflow_rate=0.0)),
     Stage(1200, 24, 24, SentenceConfig(window_s=2.4, num_digits=(1, 3), lead_s=(0.0, 0.6), overflow_rate=0.1)),
-    Stage(4800, 16, 64, SentenceConfig(window_s=6.0, num_digits=(1, 6), overflow_rate=0.3)),
+    Stage(3800, 16, 64, SentenceConfig(window_s=6.0, num_digits=(1, 6), overflow_rate=0.3)),
 )
 
 
@@ -118,7 +129,7 @@ class Config:
         learning_rate=1e-3,
         schedule="cosine",
         warmup_steps=100,
-        num_steps=7000,
+        num_steps=6000,
         b2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,
@@ -126,7 +137,7 @@ class Config:
     )
     data_dir: str = "data"
     num_merges: int = 35
-    timestamps_rate: float = 0.7
+    timestamps_rate: float = 0.85
     previous_rate: float = 0.5
     log_every: int = 20
     evaluate_every: int = 500

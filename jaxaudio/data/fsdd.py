@@ -164,7 +164,7 @@ def sentence_batches(
     stages: Sequence[Stage],
     *,
     seed: int,
-    timestamps_rate: float = 0.7,
+    timestamps_rate: float = 0.85,
     previous_rate: float = 0.5,
 ) -> grain.DatasetIterator:
     """Batches of training sentences of random clips: those of the first stage, then those of the next, to the end.

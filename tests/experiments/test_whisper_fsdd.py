@@ -131,7 +131,7 @@ def test_vocabulary_of_ten_words_and_its_times():
 
 
 def test_fields_that_do_not_fit():
-    with pytest.raises(ValueError, match="optimizer.num_steps is 7000, but the stages have 2"):
+    with pytest.raises(ValueError, match="optimizer.num_steps is 6000, but the stages have 2"):
         dataclasses.replace(whisper_fsdd.Config(), stages=STAGES)
     with pytest.raises(ValueError, match="model.num_frames is 200, but the last stage's window 1.2 s"):
         dataclasses.replace(tiny_config(), stages=(STAGES[1], STAGES[0]))
