@@ -190,8 +190,16 @@ def _expanded(tree: Any) -> Any:
 def encode(model: Whisper, params: Any, mel: jax.Array) -> Memory:
     """Log-mel windows (B, T, M) -> keys and values of the decoder's cross-attention to them; `inference_params`."""
     params = _expanded(params)
-    hidden = model.apply({"params": params}, mel, method="encode")
-    return cross_caches(model.config.decoder, params["decoder"]["transformer"], hidden)
+
+    def remember(mel):
+        hidden = model.apply({"params": params}, mel, method="encode")
+        return cross_caches(model.config.decoder, params["decoder"]["transformer"], hidden)
+
+    if jax.default_backend() != "cpu":
+        return remember(mel)
+    # One window after the other: the activations of a batch do not fit into a CPU's cache.
+    memory = lax.map(lambda window: remember(window[None]), mel)
+    return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), memory)
 
 
 def detect_language(model: Whisper, params: Any, tokenizer: WhisperTokenizer, memory: Memory) -> list[dict[str, float]]:
