@@ -13,7 +13,20 @@ import numpy as np
 
 from jaxaudio.data.decoders import AudioError, AudioInfo, open_audio
 
-__all__ = ["RESAMPLER", "AudioError", "AudioInfo", "AudioScan", "audio_info", "load_audio", "read_blocks", "scan"]
+__all__ = [
+    "RESAMPLER",
+    "SAMPLE_RATE",
+    "AudioError",
+    "AudioInfo",
+    "AudioScan",
+    "audio_info",
+    "check_block",
+    "load_audio",
+    "read_blocks",
+    "scan",
+]
+
+SAMPLE_RATE = 16_000  # of the speech that models here hear
 
 _QUALITY = "VHQ"
 
@@ -91,7 +104,7 @@ def scan(path: str | os.PathLike) -> AudioScan:
     return AudioScan(num_samples, peak, rms, num_clipped, num_silent / num_samples, num_not_finite)
 
 
-def read_blocks(path: str | os.PathLike, sample_rate: int = 16000, *, block_s: float = 30.0) -> Iterator[np.ndarray]:
+def read_blocks(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, *, block_s: float = 30.0) -> Iterator[np.ndarray]:
     """Decodes a file block by block: mean of the channels, resampled with soxr at its highest quality (`RESAMPLER`).
 
     The samples do not depend on `block_s`, and are those of resampling the whole file at once. Memory is that of a
@@ -125,7 +138,7 @@ def read_blocks(path: str | os.PathLike, sample_rate: int = 16000, *, block_s: f
     return _reblock(_mono(path, sample_rate), block_samples)
 
 
-def load_audio(path: str | os.PathLike, sample_rate: int = 16000) -> np.ndarray:
+def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """A whole file as one float32 array (A,); everything else as `read_blocks`."""
     return np.concatenate(list(read_blocks(path, sample_rate)))
 
@@ -156,6 +169,25 @@ def _mono(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
                 f"{path}: {num_read} samples at {info.sample_rate} Hz are less than one sample at {sample_rate} Hz; "
                 "expected audio that lasts."
             )
+
+
+def check_block(block: np.ndarray, num_before: int, sample_rate: int) -> None:
+    """Refuses what is not a block of mono samples; `num_before` samples came before it.
+
+    Raises:
+      ValueError: another rank than one, no floats, or a sample that is not finite; has the shape and dtype, or the
+        sample and its second.
+    """
+    if block.ndim != 1 or block.dtype.kind != "f":
+        raise ValueError(
+            f"expected blocks (A,) of mono floats in [-1, 1], got shape {block.shape}, dtype {block.dtype}; "
+            "mix channels down, and divide 16-bit integers by 32768"
+        )
+    finite = np.isfinite(block)
+    if not finite.all():
+        first = int(finite.argmin())
+        second = (num_before + first) / sample_rate
+        raise ValueError(f"the audio has a sample that is {block[first]} at {second:.4f} s; samples must be finite")
 
 
 def _check_finite(chunk: np.ndarray, num_before: int, info: AudioInfo) -> None:

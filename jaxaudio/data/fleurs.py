@@ -7,11 +7,11 @@ en_us/audio/test/123.wav    audio/test.tar.gz of the release, unpacked in its pl
 import os
 import pathlib
 
+from jaxaudio.data.audio import SAMPLE_RATE
 from jaxaudio.data.languages import language_code
 from jaxaudio.data.manifests import Utterance
 
 _NUM_FIELDS = 7
-_SAMPLE_RATE = 16_000
 # Where the release's code of a language does not begin with Whisper's.
 _CODES = {"cmn": "zh", "fil": "tl", "jv": "jw", "nb": "no", "iw": "he"}
 
@@ -51,7 +51,7 @@ def read_fleurs(folder: str | os.PathLike, split: str = "test") -> list[Utteranc
                 audio=str(audio),
                 text=fields[3],
                 language=language,
-                duration_s=int(fields[5]) / _SAMPLE_RATE,
+                duration_s=int(fields[5]) / SAMPLE_RATE,
                 id=audio.stem,
             )
         )

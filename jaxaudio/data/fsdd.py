@@ -16,12 +16,13 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from jaxaudio.data.audio import SAMPLE_RATE
 from jaxaudio.data.manifests import TimedText
 from jaxaudio.data.whisper_examples import TICK_S, Window, token_row, window_tokens
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SAMPLE_RATE, HOP_LENGTH = 16000, 160
+HOP_LENGTH = 160
 NUM_CLIPS = {"train": 2640, "valid": 60, "test": 300}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-SAMPLE_RATE = 16_000
+from jaxaudio.data.audio import SAMPLE_RATE
 
 
 class TfdsError(ValueError):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxaudio.data.audio import SAMPLE_RATE
+
 if TYPE_CHECKING:
     import onnxruntime
 
-SAMPLE_RATE = 16000
 Spans = list[tuple[float, float]]
 
 _ENERGY_HOP = 160  # 10 ms

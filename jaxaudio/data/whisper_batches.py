@@ -15,12 +15,10 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from jaxaudio.data.audio import AudioError, audio_info, read_blocks
+from jaxaudio.data.audio import SAMPLE_RATE, AudioError, audio_info, read_blocks
 from jaxaudio.data.manifests import ManifestError, Utterance
 from jaxaudio.data.whisper_examples import Window, cut_windows, spaced, token_row, window_tokens
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer, language_code
-
-SAMPLE_RATE = 16_000
 
 Batch = dict[str, np.ndarray]
 

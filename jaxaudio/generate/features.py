@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from jaxaudio.data.audio import check_block
 from jaxaudio.models.whisper import HOP_LENGTH, N_FFT, SAMPLE_RATE
 from jaxaudio.ops.mel import log10_mel
 
@@ -124,22 +125,9 @@ def _closed(blocks: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
     """The blocks, each with the number of samples so far; last, zeros up to a stretch's end beyond the last sample."""
     num_samples = 0
     for block in blocks:
-        _check(block, num_samples)
+        check_block(block, num_samples, SAMPLE_RATE)
         num_samples += len(block)
         yield num_samples, block
     if not num_samples:
         raise ValueError("the audio has no samples; expected at least one")
     yield num_samples, np.zeros(-(_MARGIN + num_samples) % _STRIDE + _OVERLAP, np.float32)
-
-
-def _check(block: np.ndarray, position: int) -> None:
-    if block.ndim != 1 or block.dtype.kind != "f":
-        raise ValueError(
-            f"expected blocks (A,) of mono floats in [-1, 1], got shape {block.shape}, dtype {block.dtype}; "
-            "mix channels down, and divide 16-bit integers by 32768"
-        )
-    finite = np.isfinite(block)
-    if not finite.all():
-        first = int(finite.argmin())
-        second = (position + first) / SAMPLE_RATE
-        raise ValueError(f"the audio has a sample that is {block[first]} at {second:.4f} s; samples must be finite")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxaudio.data.audio import check_block
 from jaxaudio.data.files import atomic_path
 from jaxaudio.ops.mel import hz_to_mel, log10_mel
 from jaxaudio.ops.resample import resample
@@ -99,16 +100,7 @@ def _segments(waveform_or_blocks: np.ndarray | Iterable[np.ndarray], sample_rate
     blocks = [waveform_or_blocks] if isinstance(waveform_or_blocks, np.ndarray) else waveform_or_blocks
     held, done = np.zeros(0, np.float32), 0
     for block in blocks:
-        if block.ndim != 1 or block.dtype.kind != "f":
-            raise ValueError(
-                f"expected mono floats (A,) in [-1, 1], got shape {block.shape}, dtype {block.dtype}; "
-                "mix channels down, and divide 16-bit integers by 32768"
-            )
-        finite = np.isfinite(block)
-        if not finite.all():
-            first = int(finite.argmin())
-            second = (done + len(held) + first) / sample_rate
-            raise ValueError(f"the audio has a sample that is {block[first]} at {second:.4f} s; samples must be finite")
+        check_block(block, done + len(held), sample_rate)
         held = np.concatenate([held, block.astype(np.float32)])
         whole = len(held) // size * size
         yield from held[:whole].reshape(-1, size)
