@@ -104,7 +104,9 @@ def scan(path: str | os.PathLike) -> AudioScan:
     return AudioScan(num_samples, peak, rms, num_clipped, num_silent / num_samples, num_not_finite)
 
 
-def read_blocks(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, *, block_s: float = 30.0) -> Iterator[np.ndarray]:
+def read_blocks(
+    path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, *, block_s: float = 30.0
+) -> Iterator[np.ndarray]:
     """Decodes a file block by block: mean of the channels, resampled with soxr at its highest quality (`RESAMPLER`).
 
     The samples do not depend on `block_s`, and are those of resampling the whole file at once. Memory is that of a
