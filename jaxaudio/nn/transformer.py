@@ -22,6 +22,7 @@ from jaxaudio.ops.attention import (
     cached_attention,
     causal_mask,
     init_cache,
+    slide_cache,
     update_cache,
     weighted_values,
 )
@@ -97,7 +98,9 @@ class Attention(nn.Module):
         if config.positions == "rotary" and not self.cross:
             where = (jnp.arange(x.shape[1]) + (0 if position is None else position))[None]
             query, key = (position_ops.rotate(y, where, base=config.rotary_base) for y in (query, key))
-        if cache is not None:
+        if cache is not None and config.window is not None:
+            out, cache = self._slid(query, key, value, cache, position)
+        elif cache is not None:
             cache = update_cache(cache, key, value, position)
             out = self._cached(query, cache, position, mask, bias, pitches)
         else:
@@ -137,6 +140,15 @@ class Attention(nn.Module):
         scale = config.attention_scale
         return cached_attention(query, cache, position, bias=bias, window_start=window_start, mask=mask, scale=scale)
 
+    def _slid(self, query, key, value, cache, position):
+        window, length = self.config.window, query.shape[1]
+        extended, cache = slide_cache(cache, key, value)
+        # Slot s holds position s - window + `position`; a query sees its own and the window - 1 before, none below 0.
+        mask = causal_mask(length, window + length, window=window)
+        mask &= (jnp.arange(window + length) + position >= window)[None]
+        scale = self.config.attention_scale
+        return cached_attention(query, extended, position, mask=mask[None, None], scale=scale), cache
+
     def _full(self, query, key, value, mask, bias, pitches, deterministic):
         config, length = self.config, query.shape[1]
         use_dropout = config.attention_dropout_rate > 0 and not deterministic
@@ -148,7 +160,7 @@ class Attention(nn.Module):
         if config.positions == "relative" and not self.cross:
             return self._relative(query, key, value, pitches, drop)
         if config.attention != "full" and not self.cross:
-            causal = causal_mask(length, length)
+            causal = causal_mask(length, length, window=config.window)
             if config.attention == "local":
                 block = jnp.arange(length) // config.block_size
                 causal &= block[:, None] - block[None, :] <= 1
@@ -245,6 +257,9 @@ class Block(nn.Module):
         def residual(x: jax.Array, name: str, layer: Callable) -> jax.Array:
             norm = _norm(config, f"{name}_norm")
             y = layer(norm(x) if config.norm_position == "pre" else x)
+            if config.layer_scale is not None:
+                init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("embed",))
+                y = y * self.param(f"{name}_scale", init, (config.embed_dim,), jnp.float32).astype(y.dtype)[None, None]
             y = Dropout(config.dropout_rate, config.dropout_generator)(y, deterministic=self.deterministic)
             if config.stochastic_depth_rate and not self.deterministic:
                 stays = jax.random.bernoulli(self.make_rng("dropout"), survival, (len(y), 1, 1))
@@ -278,8 +293,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, scanned over stacked parameters, and the final norm of pre-norm stacks.
 
-    With a cache (decoding) the layers run one by one instead: from parameters that `unstack_layers` took apart, because
-    slicing a stacked array at every token copies it. A `pitch_time` first layer has parameters of its own.
+    Parameters that `unstack_layers` took apart run layer by layer instead. With a cache (decoding) they must be such,
+    because slicing a stacked array at every token copies it. A `pitch_time` first layer has parameters of its own.
     """
 
     config: TransformerConfig
@@ -327,17 +342,18 @@ class Transformer(nn.Module):
             first_cache = None if cache is None else cache[0]
             x, new_cache = first(x, jnp.float32(1), memory, mask, memory_mask, bias, pitches, first_cache, position)
             new_caches.append(new_cache)
-        if cache is None:
+        if cache is None and "0" not in self.variables.get("params", {}).get("layers", {}):
             survival = 1 - config.stochastic_depth_rate * jnp.arange(1, config.num_layers + 1) / config.num_layers
             layers = self._scanned(config.num_layers - num_first, deterministic)
             x, _ = layers(x, survival[num_first:], memory, mask, memory_mask, bias)
         else:
-            memories = [None] * config.num_layers if memory is None else memory
-            for index, layer_cache in enumerate(cache[num_first:]):
+            memories = memory if isinstance(memory, tuple) else [memory] * config.num_layers
+            caches = [None] * config.num_layers if cache is None else cache
+            for index, layer_cache in enumerate(caches[num_first:]):
                 inputs = (x, jnp.float32(1), memories[index], mask, memory_mask, bias, None, layer_cache, position)
                 x, new_cache = self._unstacked_layer(index, inputs)
                 new_caches.append(new_cache)
-        if config.norm_position == "pre":
+        if config.norm_position == "pre" and config.final_norm:
             x = _norm(config, "norm")(x)
         return x, None if cache is None else tuple(new_caches)
 
@@ -360,6 +376,8 @@ class Transformer(nn.Module):
                 f"decoding with a cache is causal and without dropout, got attention={config.attention!r}, "
                 f"{deterministic=}"
             )
+        if cache is not None and config.window is not None and (mask is not None or memory is not None):
+            raise ValueError(f"a sliding cache (window={config.window}) goes with neither mask nor memory")
 
     def _unstacked_layer(self, index, inputs):
         layers = self.variables["params"]["layers"]
@@ -407,7 +425,8 @@ class Transformer(nn.Module):
 
 
 def init_caches(config: TransformerConfig, batch_size: int, length: int) -> tuple[KVCache, ...]:
-    """One empty KVCache per layer for `length` positions."""
+    """One empty KVCache per layer for `length` positions; `config.window` of them where there is a window."""
+    length = config.window or length
     dtype = jnp.dtype(config.dtype)
     return tuple(
         init_cache(batch_size, length, config.kv_heads, config.query_head_dim, config.value_dim, dtype)

@@ -17,9 +17,12 @@ class TransformerConfig:
       value_head_dim: width of a value head; embed_dim // num_heads if None.
       num_kv_heads: fewer than num_heads for grouped heads; num_heads if None.
       attention: "causal", "full", or "local" (causal, own block and the previous one).
+      window: positions that a "causal" query sees, its own included; all before it if None.
       cross_attention: adds attention to an encoder's output to each block.
       norm, norm_position, norm_epsilon: "layer" or "rms" normalisation, of each layer's input ("pre", and once more at
-        the stack's end) or of each residual sum ("post").
+        the stack's end, unless `final_norm` is False) or of each residual sum ("post").
+      layer_scale: initial value of a learned factor for each channel of each residual branch (Touvron et al. 2021,
+        Going deeper with Image Transformers, section 2.1); None has none.
       activation, gated_mlp: of the MLP; gated is act(x W_gate) * (x W_up).
       attention_bias, attention_out_bias, mlp_bias, norm_bias: whether q/k/v, the output projection, the MLP and the
         LayerNorm have biases.
@@ -52,10 +55,13 @@ class TransformerConfig:
     value_head_dim: int | None = None
     num_kv_heads: int | None = None
     attention: Literal["causal", "full", "local"] = "causal"
+    window: int | None = None
     cross_attention: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post"] = "pre"
     norm_epsilon: float = 1e-6
+    final_norm: bool = True
+    layer_scale: float | None = None
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     gated_mlp: bool = False
     attention_bias: bool = False
@@ -85,7 +91,7 @@ class TransformerConfig:
         for name in ("num_layers", "embed_dim", "num_heads", "mlp_dim", "max_distance", "num_buckets", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("head_dim", "value_head_dim", "num_kv_heads"):
+        for name in ("head_dim", "value_head_dim", "num_kv_heads", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {getattr(self, name)}")
         for name in ("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate", "stochastic_depth_rate"):
@@ -109,6 +115,11 @@ class TransformerConfig:
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.window is not None and (self.attention != "causal" or self.positions not in ("none", "rotary")):
+            raise ValueError(
+                f"window={self.window} needs attention='causal' and positions 'none' or 'rotary', got "
+                f"attention={self.attention!r}, positions={self.positions!r}"
+            )
         if self.positions == "relative" and self.attention == "full":
             raise ValueError("positions='relative' is causal attention, got attention='full'")
         if self.positions == "relative" and (self.attention_scale, self.attention_implementation) != (None, "auto"):

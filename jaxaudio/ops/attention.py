@@ -202,6 +202,22 @@ def update_cache(
     return KVCache(write(cache.keys, key), write(cache.values, value))
 
 
+def slide_cache(
+    cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"]
+) -> tuple[KVCache, KVCache]:
+    """For a sliding window: the W positions of the cache with T new ones after them; and the last W of those, the next
+    cache.
+    """
+
+    def extend(stored, new):
+        new = new.transpose(0, 2, 1, 3).reshape(*stored.shape[:-2], new.shape[1], new.shape[-1])
+        return jnp.concatenate([stored, new.astype(stored.dtype)], axis=-2)
+
+    extended = KVCache(extend(cache.keys, key), extend(cache.values, value))
+    window = cache.keys.shape[-2]
+    return extended, KVCache(*(x[..., -window:, :] for x in extended))
+
+
 def cached_attention(
     query: Float[Array, "B T N H"],
     cache: KVCache,

@@ -510,3 +510,33 @@ def test_what_a_mode_cannot_honour_is_an_error():
         call(LLAMA, cache, deterministic=False)
     with pytest.raises(ValueError, match="attention='full'"):
         call(dataclasses.replace(LLAMA, attention="full"), cache)
+
+
+@pytest.mark.parametrize("lengths", [(9,), (1,) * 9, (4, 5), (2, 7)])
+def test_sliding_cache_equals_the_full_pass_in_pieces_of_any_size(lengths):
+    config = TransformerConfig(
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        mlp_dim=32,
+        window=4,
+        positions="rotary",
+        layer_scale=0.5,
+        final_norm=False,
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
+    stack = Transformer(config)
+    params = nn.meta.unbox(stack.init(jax.random.key(0), x))["params"]
+    assert "norm" not in params
+    expected, _ = stack.apply({"params": params}, x)
+    far = stack.apply({"params": params}, x.at[:, 0, 0].add(1.0))[0]
+    np.testing.assert_array_equal(far[:, 7:], expected[:, 7:])  # two layers see 3 positions back each
+    assert np.abs(far[:, 6] - expected[:, 6]).max() > 1e-4
+    unstacked = {"params": unstack_layers(params)}
+    np.testing.assert_allclose(stack.apply(unstacked, x)[0], expected, atol=1e-5)
+    cache, start, pieces = init_caches(config, 2, 100), 0, []
+    for length in lengths:
+        y, cache = stack.apply(unstacked, x[:, start : start + length], cache=cache, position=jnp.int32(start))
+        pieces.append(y)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=1e-5)
