@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from experiments.benchmarks import comparison, whisper_peers
 from experiments.benchmarks import whisper_limits as limits
@@ -80,10 +81,11 @@ def encoder_part(name: str, peers: Peers, peaks: Peaks, arguments: argparse.Name
     """
     model, config, results = peers.model, peers.config, []
     variables, params = {"params": peers.params}, inference_params(peers.params)
-    encoder = jax.jit(functools.partial(model.apply, method="encode"))
+    # One window after the other, as `encode` takes them on a CPU.
+    encoder = jax.jit(lambda mel: lax.map(lambda window: model.apply(variables, window[None], method="encode")[0], mel))
     with_cross = f"{OURS}, with cross keys"
     functions = {
-        OURS: _blocking(lambda mel: encoder(variables, mel.transpose(0, 2, 1))),
+        OURS: _blocking(lambda mel: encoder(mel.transpose(0, 2, 1))),
         with_cross: _blocking(lambda mel: encode(model, params, mel.transpose(0, 2, 1))),
         **whisper_peers.encoders(peers),
     }
