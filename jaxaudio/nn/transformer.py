@@ -91,6 +91,8 @@ class Attention(nn.Module):
             out = cached_attention(query, memory, jnp.int32(0), mask=mask, scale=config.attention_scale)
             return self._joined(out), None
         source = x if memory is None else memory
+        if config.zero_key and cache is None:
+            source = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
         key = _projection(config, "key", name="key")(source)
         value = _projection(config, "value", name="value")(source)
         key = constrain(key, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
@@ -160,7 +162,7 @@ class Attention(nn.Module):
         if config.positions == "relative" and not self.cross:
             return self._relative(query, key, value, pitches, drop)
         if config.attention != "full" and not self.cross:
-            causal = causal_mask(length, length, window=config.window)
+            causal = causal_mask(length, key.shape[1], window=config.window)
             if config.attention == "local":
                 block = jnp.arange(length) // config.block_size
                 causal &= block[:, None] - block[None, :] <= 1
@@ -376,6 +378,8 @@ class Transformer(nn.Module):
                 f"decoding with a cache is causal and without dropout, got attention={config.attention!r}, "
                 f"{deterministic=}"
             )
+        if config.zero_key and mask is not None:
+            raise ValueError(f"zero_key attention is causal and takes no mask, got one of shape {mask.shape}")
         if cache is not None and config.window is not None and (mask is not None or memory is not None):
             raise ValueError(f"a sliding cache (window={config.window}) goes with neither mask nor memory")
 

@@ -18,6 +18,8 @@ class TransformerConfig:
       num_kv_heads: fewer than num_heads for grouped heads; num_heads if None.
       attention: "causal", "full", or "local" (causal, own block and the previous one).
       window: positions that a "causal" query sees, its own included; all before it if None.
+      zero_key: each layer's attention also sees a zero vector before the first position (EnCodec's language model); a
+        cache holds its key and value, the biases, before the first call, whose positions begin with 1.
       cross_attention: adds attention to an encoder's output to each block.
       norm, norm_position, norm_epsilon: "layer" or "rms" normalisation, of each layer's input ("pre", and once more at
         the stack's end, unless `final_norm` is False) or of each residual sum ("post").
@@ -56,6 +58,7 @@ class TransformerConfig:
     num_kv_heads: int | None = None
     attention: Literal["causal", "full", "local"] = "causal"
     window: int | None = None
+    zero_key: bool = False
     cross_attention: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post"] = "pre"
@@ -119,6 +122,11 @@ class TransformerConfig:
             raise ValueError(
                 f"window={self.window} needs attention='causal' and positions 'none' or 'rotary', got "
                 f"attention={self.attention!r}, positions={self.positions!r}"
+            )
+        if self.zero_key and (self.attention, self.positions, self.cross_attention) != ("causal", "none", False):
+            raise ValueError(
+                "zero_key needs attention='causal' and positions='none' without cross_attention, got "
+                f"{self.attention!r}, {self.positions!r}, {self.cross_attention}"
             )
         if self.positions == "relative" and self.attention == "full":
             raise ValueError("positions='relative' is causal attention, got attention='full'")
