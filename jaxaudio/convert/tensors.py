@@ -17,6 +17,7 @@ SAFETENSORS_DTYPES = {
     "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+FLOATS = ("float32", "float16", "bfloat16")  # of parameters
 
 
 class ConvertError(Exception):

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxaudio.convert import whisper_names, whisper_read, whisper_write
+from jaxaudio.convert.folders import SAFETENSORS_FILES, TORCH_FILES
 from jaxaudio.convert.hub import fetch_folder
-from jaxaudio.convert.tensors import ConvertError, StoredTensor
-from jaxaudio.convert.whisper_names import FLOATS, Layout
+from jaxaudio.convert.tensors import FLOATS, ConvertError, StoredTensor
+from jaxaudio.convert.whisper_names import Layout
 from jaxaudio.convert.whisper_read import Checkpoint
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
 from jaxaudio.models.whisper import SIZES, WhisperConfig
@@ -170,8 +171,8 @@ def _find(source: str | os.PathLike) -> pathlib.Path:
             f"{name!r} is no file or folder, no id on the HuggingFace Hub (organisation/name), and no size; the sizes "
             f"are {', '.join(SIZES)}"
         )
-    wanted = (*whisper_read.CONFIG_FILES, *whisper_read.TOKENIZER_FILES, *whisper_read.SAFETENSORS_FILES)
-    return fetch_folder(name, wanted, fallback=whisper_read.TORCH_FILES)
+    wanted = (*whisper_read.CONFIG_FILES, *whisper_read.TOKENIZER_FILES, *SAFETENSORS_FILES)
+    return fetch_folder(name, wanted, fallback=TORCH_FILES)
 
 
 def _tokenizer(checkpoint: Checkpoint, given: WhisperTokenizer | str | os.PathLike | None) -> WhisperTokenizer:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxaudio.convert.tensors import ConvertError, StoredTensor
+from jaxaudio.convert.tensors import FLOATS, ConvertError, StoredTensor
 from jaxaudio.models.whisper import WhisperConfig
 
 # Ours: (OpenAI's, HuggingFace's without its prefix "model.").
@@ -57,7 +57,6 @@ _SHOWN_BY = {
     "encoder/conv2/kernel": "embed_dim",
 }
 
-FLOATS = ("float32", "float16", "bfloat16")
 Layout = Literal["hf", "openai", "jaxaudio"]
 
 

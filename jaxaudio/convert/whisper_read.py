@@ -5,17 +5,17 @@ tokenizer's files. The folder of a training run is read the same way.
 """
 
 import dataclasses
-import json
 import operator
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxaudio.config import ConfigError, from_dict
 from jaxaudio.convert import whisper_names
+from jaxaudio.convert.folders import PARAMETERS, read_hf_tensors, read_json
 from jaxaudio.convert.tensors import ConvertError, StoredTensor, read_safetensors
 from jaxaudio.convert.torch_files import read_torch, stored_tensors
 from jaxaudio.convert.whisper_names import Layout
@@ -26,9 +26,6 @@ TOKENIZER_FILES = (
     "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "normalizer.json",
 )  # fmt: skip
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
-SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
-PARAMETERS = "parameters.safetensors"
 HEAD = "proj_out.weight"
 
 # Our fields: OpenAI's and HuggingFace's; the encoder's where upstream has two that must be equal.
@@ -81,7 +78,7 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ConvertError(f"{path} has no config.json, so it is no checkpoint of Whisper; it holds {found}")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config.get("model_type") == "whisper":
         return _read_hf(path, config)
     if isinstance(config.get("model"), dict):
@@ -98,16 +95,6 @@ def companions(checkpoint: Checkpoint, *, with_tokenizer: bool) -> list[pathlib.
         return []
     patterns = [*CONFIG_FILES[1:], *(TOKENIZER_FILES if with_tokenizer else ())]
     return [file for pattern in patterns for file in sorted(checkpoint.path.glob(pattern))]
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{path} cannot be read: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ConvertError(f"{path}: expected a JSON object, got {type(mapping).__name__}")
-    return mapping
 
 
 def _config(
@@ -146,7 +133,7 @@ def _read_hf(folder: pathlib.Path, values: dict[str, Any]) -> Checkpoint:
     _require(where, values, {"decoder_attention_heads": width, "activation_function": "gelu", "scale_embedding": False})
     _require(where, values, {"encoder_ffn_dim": hidden, "decoder_ffn_dim": hidden})
     config = dataclasses.replace(config, alignment_heads=_hf_alignment_heads(folder, config))
-    tensors = _hf_tensors(folder)
+    tensors = read_hf_tensors(folder)
     head = tensors.pop(HEAD, None)
     whisper_names.check(config, "hf", tensors, str(folder), said)
     if head is not None:
@@ -167,7 +154,7 @@ def _require_tied(folder: pathlib.Path, head: StoredTensor, embedding: StoredTen
 
 def _hf_alignment_heads(folder: pathlib.Path, config: WhisperConfig) -> tuple[tuple[int, int], ...] | None:
     path = folder / "generation_config.json"
-    heads = _read_json(path).get("alignment_heads") if path.is_file() else None
+    heads = read_json(path).get("alignment_heads") if path.is_file() else None
     if not heads:
         return None
     try:
@@ -183,36 +170,6 @@ def _hf_alignment_heads(folder: pathlib.Path, config: WhisperConfig) -> tuple[tu
         stacklevel=2,
     )
     return None
-
-
-def _hf_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_bin)):
-        if (folder / single).is_file():
-            return read(folder / single)
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            return _read_shards(index, read)
-    raise ConvertError(
-        f"{folder} has no weights: expected model.safetensors, or model.safetensors.index.json with its shards, or "
-        "pytorch_model.bin"
-    )
-
-
-def _read_shards(index: pathlib.Path, read: Callable) -> dict[str, StoredTensor]:
-    names = _read_json(index).get("weight_map")
-    if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())):
-        raise ConvertError(f"{index}: expected a 'weight_map' of tensors to files, got {names!r}")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(names.values())):
-        path = index.parent / shard
-        if not path.is_file():
-            raise ConvertError(f"{index} names the file {shard}, which is missing")
-        tensors |= read(path)
-    return tensors
-
-
-def _read_bin(path: pathlib.Path) -> dict[str, StoredTensor]:
-    return stored_tensors(str(path), read_torch(path))
 
 
 def _read_openai(path: pathlib.Path) -> Checkpoint:

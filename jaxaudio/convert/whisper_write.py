@@ -1,28 +1,26 @@
 """Writes Whisper checkpoints, whole or not at all: HuggingFace's folders, OpenAI's .pt files, folders of our own."""
 
-import contextlib
 import fnmatch
 import json
 import pathlib
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxaudio.config import to_dict
 from jaxaudio.convert import whisper_names
-from jaxaudio.convert.tensors import ConvertError, StoredTensor, write_safetensors
-from jaxaudio.convert.torch_files import write_torch
-from jaxaudio.convert.whisper_names import Layout
-from jaxaudio.convert.whisper_read import (
-    CONFIG_FILES,
-    HEAD,
+from jaxaudio.convert.folders import (
     PARAMETERS,
     SAFETENSORS_FILES,
-    TOKENIZER_FILES,
     TORCH_FILES,
-    Checkpoint,
+    exists_error,
+    whole_folder,
+    write_json,
 )
+from jaxaudio.convert.tensors import StoredTensor, write_safetensors
+from jaxaudio.convert.torch_files import write_torch
+from jaxaudio.convert.whisper_names import Layout
+from jaxaudio.convert.whisper_read import CONFIG_FILES, HEAD, TOKENIZER_FILES, Checkpoint
 from jaxaudio.data.files import atomic_path
 from jaxaudio.data.whisper_tokenizer import WhisperTokenizer
 from jaxaudio.models.whisper import FRAME_RATE, HOP_LENGTH, N_FFT, SAMPLE_RATE, WhisperConfig
@@ -46,7 +44,7 @@ def write_openai(path: pathlib.Path, checkpoint: Checkpoint, *, overwrite: bool 
       ConvertError: the file exists and is not to be overwritten, or torch is absent.
     """
     if path.exists() and not overwrite:
-        raise _exists(path)
+        raise exists_error(path)
     config = checkpoint.config
     dims = {
         "n_mels": config.num_mels,
@@ -87,11 +85,11 @@ def write_hf(
     tensors = _to_upstream(checkpoint, "hf")
     if checkpoint.has_head:
         tensors[HEAD] = tensors["model.decoder.embed_tokens.weight"]
-    with _whole_folder(folder, overwrite) as temporary:
+    with whole_folder(folder, overwrite, _REPLACEABLE) as temporary:
         _write_companions(temporary, kept, tokenizer)
         # transformers refuses safetensors whose metadata do not say so.
         write_safetensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-        _write_json(temporary / "config.json", _hf_config(checkpoint, tokenizer))
+        write_json(temporary / "config.json", _hf_config(checkpoint, tokenizer))
         generation = temporary / "generation_config.json"
         if generation.exists():
             values = json.loads(generation.read_text(encoding="utf-8"))
@@ -99,9 +97,9 @@ def write_hf(
             values = _hf_generation_config(checkpoint.config, tokenizer)
         heads = checkpoint.config.alignment_heads
         values.pop("alignment_heads", None)
-        _write_json(generation, values | ({} if heads is None else {"alignment_heads": [list(head) for head in heads]}))
+        write_json(generation, values | ({} if heads is None else {"alignment_heads": [list(head) for head in heads]}))
         if not (temporary / "preprocessor_config.json").exists():
-            _write_json(temporary / "preprocessor_config.json", _hf_preprocessor_config(checkpoint.config))
+            write_json(temporary / "preprocessor_config.json", _hf_preprocessor_config(checkpoint.config))
 
 
 def write_ours(
@@ -119,44 +117,10 @@ def write_ours(
     values: dict[str, Any] = {"model": to_dict(checkpoint.config)}
     if checkpoint.hf_config is not None:
         values["huggingface"] = {"config": checkpoint.hf_config, "has_head": checkpoint.has_head}
-    with _whole_folder(folder, overwrite) as temporary:
+    with whole_folder(folder, overwrite, _REPLACEABLE) as temporary:
         _write_companions(temporary, kept, tokenizer)
         write_safetensors(temporary / PARAMETERS, checkpoint.tensors)
-        _write_json(temporary / "config.json", values)
-
-
-def _exists(path: pathlib.Path) -> ConvertError:
-    return ConvertError(f"{path} exists; choose another destination, or say that it may be overwritten")
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends, and is removed when it fails."""
-    if folder.exists():
-        if not overwrite:
-            raise _exists(folder)
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-        foreign = sorted(name for name in names if not any(fnmatch.fnmatch(name, known) for known in _REPLACEABLE))
-        if foreign:
-            raise ConvertError(
-                f"{folder} is not only a checkpoint, so it is not overwritten; it holds {', '.join(foreign[:5])}"
-            )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(temporary / "config.json", values)
 
 
 def _write_companions(folder: pathlib.Path, kept: Sequence[pathlib.Path], tokenizer: WhisperTokenizer) -> None:
