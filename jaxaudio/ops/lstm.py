@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxaudio.ops.matmul import project
+
 LSTMState = tuple[tuple[Float[Array, "B D"], Float[Array, "B D"]], ...]  # (h, c) of each layer, float32
 
 
@@ -34,21 +36,66 @@ def lstm(
         raise ValueError(f"state has {len(state)} layers, params {len(params)}")
     y, last = x, []
     for layer, begin in zip(params, state, strict=True):
-        y, end = _layer(y, layer["input_kernel"], layer["hidden_kernel"], layer["bias"], begin)
+        # The input's share of the gates in one product over all steps: only the recurrent one is left to the loop.
+        driven = project(y, layer["input_kernel"]) + layer["bias"][None, None]
+        y, end = _recur(driven.swapaxes(0, 1).astype(jnp.float32), layer["hidden_kernel"].astype(jnp.float32), begin)
+        y = y.swapaxes(0, 1).astype(x.dtype)
         last.append(end)
-    return y.astype(x.dtype), tuple(last)
+    return y, tuple(last)
 
 
-def _layer(x, input_kernel, hidden_kernel, bias, state):
-    # The input's share of the gates in one product over all steps: only the recurrent one is left to the loop.
-    driven = jnp.einsum("BTI,IO->TBO", x, input_kernel) + bias[None, None]
+@jax.custom_vjp
+def _recur(driven, kernel, state):
+    """(T, B, 4 D), (D, 4 D), (h, c) -> h at all steps (T, B, D), the last (h, c).
 
-    def step(carry, driven):
-        h, c = carry
-        i, f, g, o = jnp.split((driven + h @ hidden_kernel).astype(jnp.float32), 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
+    The gradient of the kernel is one product over all steps; automatic differentiation would add an outer product of
+    the kernel's size to it at every step.
+    """
+
+    def step(state, driven):
+        state, _ = _step(state, driven, kernel)
+        return state, state[0]
 
     state, y = lax.scan(step, state, driven)
-    return y.swapaxes(0, 1), state
+    return y, state
+
+
+def _step(state, driven, kernel):
+    h, c = state
+    i, f, g, o = jnp.split(driven + h @ kernel, 4, axis=-1)
+    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+    c = f * c + i * g
+    return (o * jnp.tanh(c), c), (i, f, g, o)
+
+
+def _forward(driven, kernel, state):
+    def step(state, driven):
+        end, gates = _step(state, driven, kernel)
+        return end, (state, end, gates)
+
+    end, kept = lax.scan(step, state, driven)
+    return (kept[1][0], end), (kernel, kept)
+
+
+def _backward(residuals, cotangents):
+    kernel, ((h_before, c_before), (_, c), (i, f, g, o)) = residuals
+    d_y, d_end = cotangents
+    tanh_c = jnp.tanh(c)
+    # What each step multiplies its cotangents with, for all steps at once.
+    h_to_c = o * (1 - tanh_c**2)
+    h_to_o = tanh_c * o * (1 - o)
+    c_to_ifg = jnp.stack((g * i * (1 - i), c_before * f * (1 - f), i * (1 - g**2)), axis=2)  # (T, B, 3, D)
+
+    def step(carry, at):
+        d_h, d_c = carry
+        d_y, f, h_to_c, h_to_o, c_to_ifg = at
+        d_h = d_h + d_y
+        d_c = d_c + d_h * h_to_c
+        d_gates = jnp.concatenate((d_c[:, None] * c_to_ifg, (d_h * h_to_o)[:, None]), axis=1).reshape(len(d_h), -1)
+        return (jnp.einsum("BO,IO->BI", d_gates, kernel), d_c * f), d_gates
+
+    d_begin, d_driven = lax.scan(step, d_end, (d_y, f, h_to_c, h_to_o, c_to_ifg), reverse=True)
+    return d_driven, jnp.einsum("TBI,TBO->IO", h_before, d_driven), d_begin
+
+
+_recur.defvjp(_forward, _backward)

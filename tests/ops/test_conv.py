@@ -101,12 +101,13 @@ def test_depthwise_transposed_convolution_and_its_gradients_equal_torchs(length,
 
 
 def test_the_forms_of_other_backends_are_equal(monkeypatch):
-    x, kernel = draw(2, 9, 6), draw(5, 6, 3)
-    here = conv_transpose(x, kernel, stride=2)
-    narrow, post = draw(2, 40, 1), draw(7, 6, 1)
-    signal = draw(2, 40, 6)
-    forms = conv(narrow, draw(7, 1, 6) * 0 + post.transpose(0, 2, 1)), conv(signal, post)
+    x, kernel, narrow, wide = map(jnp.asarray, (draw(2, 9, 6), draw(5, 6, 3), draw(2, 40, 1), draw(2, 40, 6)))
+    widen, narrow_down = jnp.asarray(draw(7, 1, 6)), jnp.asarray(draw(7, 6, 1))
+
+    def outputs():
+        return conv_transpose(x, kernel, stride=2), conv(narrow, widen), conv(wide, narrow_down, dilation=3)
+
+    here = outputs()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    np.testing.assert_allclose(conv_transpose(x, kernel, stride=2), here, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(conv(narrow, post.transpose(0, 2, 1)), forms[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(conv(signal, post), forms[1], rtol=1e-5, atol=1e-5)
+    for found, expected in zip(outputs(), here, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from jaxaudio.ops.lstm import lstm
 
 WIDTH, LAYERS = 6, 2
+jitted = jax.jit(lstm)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def peer():
 
 def as_params(weights):
     """Ours from torch's names; also of gradients, but for the bias, whose two summands each have the whole gradient."""
-    return [
+    layers = [
         {
             "input_kernel": weights[f"weight_ih_l{layer}"].numpy().T,
             "hidden_kernel": weights[f"weight_hh_l{layer}"].numpy().T,
@@ -27,6 +28,7 @@ def as_params(weights):
         }
         for layer in range(LAYERS)
     ]
+    return jax.tree.map(jnp.asarray, layers)
 
 
 def draw(*shape, seed=0):
@@ -40,7 +42,7 @@ def test_output_and_state_equal_torchs(peer, batch, length):
     begin = tuple(torch.tensor(np.stack(arrays)) for arrays in zip(*state, strict=True))
     params = as_params(peer.state_dict())
     for ours, theirs in ((None, None), (tuple(tuple(map(jnp.asarray, pair)) for pair in state), begin)):
-        y, last = lstm(jnp.asarray(x), params, ours)
+        y, last = jitted(jnp.asarray(x), params, ours)
         expected, (h, c) = peer(torch.tensor(x), theirs)
         np.testing.assert_allclose(y, expected.detach(), rtol=1e-5, atol=1e-5)
         for layer in range(LAYERS):
@@ -50,10 +52,10 @@ def test_output_and_state_equal_torchs(peer, batch, length):
 
 def test_pieces_with_the_state_passed_on_equal_the_whole(peer):
     x, params = jnp.asarray(draw(2, 12, WIDTH)), as_params(peer.state_dict())
-    whole, end = lstm(x, params)
+    whole, end = jitted(x, params)
     state, pieces = None, []
-    for piece in jnp.split(x, (1, 5, 10), axis=1):
-        y, state = lstm(piece, params, state)
+    for piece in jnp.split(x, 3, axis=1):
+        y, state = jitted(piece, params, state)
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state, end)
@@ -88,7 +90,7 @@ def test_gradients_equal_torchs(peer):
 
 def test_sixteen_bit_input_keeps_a_state_of_float32(peer):
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), as_params(peer.state_dict()))
-    y, state = lstm(jnp.asarray(draw(1, 3, WIDTH), jnp.bfloat16), params)
+    y, state = jitted(jnp.asarray(draw(1, 3, WIDTH), jnp.bfloat16), params)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
