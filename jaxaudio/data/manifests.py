@@ -76,7 +76,7 @@ def read_manifest(path: str | os.PathLike, *, check_audio: bool = False) -> list
     folder, utterances, lines_of_ids = os.path.dirname(os.fspath(path)), [], {}
     for number, line in _lines(path):
         where = f"{os.fspath(path)}:{number}"
-        utterance = _utterance(_object(line, where), where)
+        utterance = from_fields(_object(line, where), where)
         utterance = dataclasses.replace(utterance, audio=os.path.join(folder, utterance.audio))
         if check_audio and not os.path.isfile(utterance.audio):
             raise ManifestError(f"{where}: audio: there is no file {utterance.audio!r}; check the path, or the folder.")
@@ -101,15 +101,8 @@ def write_manifest(utterances: Iterable[Utterance], path: str | os.PathLike) -> 
     """
     folder, lines, ids = os.path.abspath(os.path.dirname(os.fspath(path))), [], set()
     for number, utterance in enumerate(utterances, 1):
-        fields = {
-            field.name: getattr(utterance, field.name)
-            for field in dataclasses.fields(utterance)
-            if field.default is dataclasses.MISSING or getattr(utterance, field.name) != field.default
-        }
-        if utterance.segments:
-            fields["segments"] = [dataclasses.asdict(segment) for segment in utterance.segments]
-        where = f"{os.fspath(path)}: utterance {number}"
-        _utterance(fields, where)
+        fields, where = to_fields(utterance), f"{os.fspath(path)}: utterance {number}"
+        from_fields(fields, where)
         if utterance.id is not None and utterance.id in ids:
             raise ManifestError(f"{where}: id: {utterance.id!r} is there twice; expected unique ids.")
         ids.add(utterance.id)
@@ -171,8 +164,27 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def _utterance(fields: dict[str, Any], where: str) -> Utterance:
-    """A checked utterance; its path as it stands there."""
+def to_fields(utterance: Utterance) -> dict[str, Any]:
+    """The JSON object of an utterance: the fields that have not their default, the path as it is."""
+    fields = {
+        field.name: getattr(utterance, field.name)
+        for field in dataclasses.fields(utterance)
+        if field.default is dataclasses.MISSING or getattr(utterance, field.name) != field.default
+    }
+    if utterance.segments:
+        fields["segments"] = [dataclasses.asdict(segment) for segment in utterance.segments]
+    return fields
+
+
+def from_fields(fields: dict[str, Any], where: str) -> Utterance:
+    """The utterance of a JSON object, its path as it stands there.
+
+    Args:
+      fields: see the module.
+      where: what the messages begin with.
+    Raises:
+      ManifestError: a field is unknown, missing or of the wrong type, or a time is out of order.
+    """
     _check_names(fields, Utterance, where)
     fields = {name: value for name, value in fields.items() if value is not None}
     if "audio" not in fields:
