@@ -60,17 +60,24 @@ def power(frames: Float[Array, "B T A"], *, n_fft: int | None = None, form: Form
         The choice is made when the program is compiled, for the platform it is compiled for. In a program sharded over
         several GPUs choose "matmul": XLA gathers the whole batch on each for an FFT.
     """
+    real, imaginary = real_imaginary(frames, n_fft=n_fft, form=form)
+    return real**2 + imaginary**2
+
+
+def real_imaginary(
+    frames: Float[Array, "B T A"], *, n_fft: int | None = None, form: Form = "auto"
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """Real and imaginary part of the spectrum of windowed frames: the arguments of `power`."""
     n_fft = n_fft or frames.shape[-1]
 
     def by_fft(frames):
         spectrum = jnp.fft.rfft(frames, n_fft)
-        return spectrum.real**2 + spectrum.imag**2
+        return spectrum.real, spectrum.imag
 
     def by_matmul(frames):
         waves = jnp.asarray(_fourier_matrix(frames.shape[-1], n_fft))
         parts = jnp.einsum("BTA,AF->BTF", frames, waves, precision=lax.Precision.HIGHEST)
-        real, imaginary = jnp.split(parts, 2, axis=-1)
-        return real**2 + imaginary**2
+        return tuple(jnp.split(parts, 2, axis=-1))
 
     if form == "matmul":
         return by_matmul(frames)
@@ -81,10 +88,10 @@ def power(frames: Float[Array, "B T A"], *, n_fft: int | None = None, form: Form
 
 @functools.lru_cache(maxsize=16)
 def _fourier_matrix(length: int, n_fft: int) -> np.ndarray:
-    """(length, 2 F) float32: cosines, then sines, of the first `length` samples of an n_fft-point transform."""
+    """(length, 2 F) float32: cosines, then minus sines, of the first `length` samples of an n_fft-point transform."""
     turns = np.outer(np.arange(length), np.arange(n_fft // 2 + 1)) % n_fft  # exact, unlike the cosine of a large angle
     phase = 2 * np.pi / n_fft * turns
-    return np.concatenate([np.cos(phase), np.sin(phase)], axis=1, dtype=np.float32, casting="same_kind")
+    return np.concatenate([np.cos(phase), -np.sin(phase)], axis=1, dtype=np.float32, casting="same_kind")
 
 
 def _windowed(waveform, n_fft, hop_length, win_length, center, pad_mode):
