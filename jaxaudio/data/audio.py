@@ -105,7 +105,7 @@ def scan(path: str | os.PathLike) -> AudioScan:
 
 
 def read_blocks(
-    path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, *, block_s: float = 30.0
+    path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, *, block_s: float = 30.0, channels: int | None = None
 ) -> Iterator[np.ndarray]:
     """Decodes a file block by block: mean of the channels, resampled with soxr at its highest quality (`RESAMPLER`).
 
@@ -121,23 +121,26 @@ def read_blocks(
         PyAV is installed. Of several audio streams FFmpeg's choice is taken.
       sample_rate: Of the result, in Hz.
       block_s: Seconds of one block.
+      channels: Of the result, which then is (A, channels): a mono file gives every channel the same, and one channel
+        is the mean of a file's.
 
     Returns:
-      An iterator of float32 arrays (A,) of round(block_s * sample_rate) samples, the last one shorter. The file is
-      opened by the first `next`, which is where errors of the file come from.
+      An iterator of float32 arrays (A,), or (A, channels), of round(block_s * sample_rate) samples, the last one
+      shorter. The file is opened by the first `next`, which is where errors of the file come from.
 
     Raises:
       ValueError: A rate or a block of less than one sample (has the value).
       AudioError: The file is missing, a folder, empty, not audio, of an unknown codec, in need of PyAV where that is
-        not installed, without samples, cut short (has the seconds promised and decoded), or holds a sample that is
-        not finite (has its second).
+        not installed, without samples, cut short (has the seconds promised and decoded), of several channels that
+        are not the number asked for (has both), or holds a sample that is not finite (has its second).
     """
     if sample_rate < 1:
         raise ValueError(f"sample_rate={sample_rate}; expected at least 1 Hz.")
     block_samples = round(block_s * sample_rate)
     if block_samples < 1:
         raise ValueError(f"block_s={block_s}: less than one sample at {sample_rate} Hz.")
-    return _reblock(_mono(path, sample_rate), block_samples)
+    pieces = _pieces(path, sample_rate, channels or 1)
+    return _reblock(pieces if channels else (piece[:, 0] for piece in pieces), block_samples)
 
 
 def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -145,27 +148,33 @@ def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> np.nd
     return np.concatenate(list(read_blocks(path, sample_rate)))
 
 
-def _mono(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
-    """Pieces of any length, down-mixed and resampled."""
+def _pieces(path: str | os.PathLike, sample_rate: int, channels: int) -> Iterator[np.ndarray]:
+    """Pieces (A, channels) of any length, mixed and resampled."""
     with open_audio(path) as source:
         info, resampler = source.info, None
+        if info.num_channels not in (1, channels) and channels > 1:
+            raise AudioError(
+                f"{path}: has {info.num_channels} channels; expected {channels}, or 1 that all of them share. Mix it "
+                "to either first."
+            )
+        width = min(info.num_channels, channels)
         if info.sample_rate != sample_rate:
             import soxr
 
-            resampler = soxr.ResampleStream(info.sample_rate, sample_rate, 1, dtype="float32", quality=_QUALITY)
+            resampler = soxr.ResampleStream(info.sample_rate, sample_rate, width, dtype="float32", quality=_QUALITY)
         num_read = num_written = 0
         for chunk in source.chunks:
             _check_finite(chunk, num_read, info)
             num_read += len(chunk)
-            piece = chunk[:, 0] if info.num_channels == 1 else chunk.mean(axis=1)
+            piece = chunk if info.num_channels == width else chunk.mean(axis=1, keepdims=True)
             if resampler:
                 piece = resampler.resample_chunk(piece)
             num_written += len(piece)
-            yield piece
+            yield np.repeat(piece, channels // width, axis=1)
         if resampler:
-            tail = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            tail = resampler.resample_chunk(np.zeros((0, width), np.float32), last=True)
             num_written += len(tail)
-            yield tail
+            yield np.repeat(tail, channels // width, axis=1)
         if not num_written:
             raise AudioError(
                 f"{path}: {num_read} samples at {info.sample_rate} Hz are less than one sample at {sample_rate} Hz; "

@@ -85,6 +85,30 @@ def test_blocks_equal_resampling_the_whole_file(tmp_path, rate):
         np.testing.assert_array_equal(joined, load_audio(tmp_path / "a.wav"))
 
 
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_channels_are_kept_shared_or_mixed(tmp_path, rate):
+    waveform = _noise(rate, 6)
+    resampled = soxr.resample(waveform.astype(np.float64), rate, 16000, quality="VHQ") if rate != 16000 else waveform
+    for count in (1, 2, 6):
+        soundfile.write(tmp_path / f"{count}.wav", waveform[:, :count], rate, subtype="FLOAT")
+
+    def read(count, channels):
+        return np.concatenate(list(read_blocks(tmp_path / f"{count}.wav", block_s=0.3, channels=channels)))
+
+    for count, channels, expected in (
+        (2, 2, resampled[:, :2]),
+        (6, 6, resampled),
+        (1, 2, resampled[:, [0, 0]]),
+        (1, 1, resampled[:, :1]),
+        (6, 1, resampled.mean(axis=1, keepdims=True)),
+    ):
+        np.testing.assert_allclose(read(count, channels), expected, atol=1e-5)
+    np.testing.assert_array_equal(read(2, 1)[:, 0], load_audio(tmp_path / "2.wav"))
+    for count, channels in ((6, 2), (2, 6)):
+        with pytest.raises(AudioError, match=f"{count}.wav: has {count} channels; expected {channels}, or 1"):
+            read(count, channels)
+
+
 def test_the_resampler_is_recorded():
     assert f"soxr {soxr.__version__} VHQ" == audio.RESAMPLER
 
