@@ -57,7 +57,20 @@ def init_state(
     Raises:
       ShardingError: as `sharding.tree_shardings`, with the path of the parameter.
     """
-    build = _builder(init_params, optimizer, ema)
+    return init_sharded(_builder(init_params, optimizer, ema), key, mesh, rules)
+
+
+def init_sharded(build: InitParams, key: jax.Array, mesh: Mesh, rules: sharding.Rules) -> tuple[Any, Any]:
+    """Any state made from a key, computed where it will live, and the tree of its shardings.
+
+    Args:
+      build: from a key to a tree whose parameters are boxed with their logical axes.
+      key: for build.
+      mesh: from `sharding.make_mesh`.
+      rules: one of the tables of `sharding`.
+    Raises:
+      ShardingError: as `sharding.tree_shardings`, with the path of the parameter.
+    """
     with sharding.use(mesh, rules):
         shardings = sharding.tree_shardings(jax.eval_shape(build, key), mesh, rules)
         state = jax.jit(lambda key: nn.meta.unbox(build(key)), out_shardings=shardings)(key)

@@ -72,7 +72,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, (jnp.arange(accumulate_steps), microbatches))[0]
 
     def train_step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        _require_mesh(batch_sharding)
+        require_mesh(batch_sharding)
         step_key = jax.random.fold_in(key, state.step)
         sum_gradients = gradients if accumulate_steps == 1 else accumulated_gradients
         grads, sums = sum_gradients(state.params, batch, step_key)
@@ -97,13 +97,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    loss_fn: LossFn, *, shardings: TrainState, batch_sharding: NamedSharding
+    loss_fn: LossFn, *, shardings: Any, batch_sharding: NamedSharding
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """The compiled `eval_step(params, batch) -> sums`; call it within `sharding.use`.
 
     Args:
       loss_fn: the same as for training; its key is None, which means no dropout.
-      shardings: of the state, from `init_state`.
+      shardings: of a state with `params`, from `init_state` or `init_adversarial_state`.
       batch_sharding: of every array in the batch.
     Returns:
       eval_step; its sums are float32 scalars: "loss", "weight" and loss_fn's others. `mean_metrics` averages them.
@@ -112,7 +112,7 @@ def make_eval_step(
     """
 
     def eval_step(params: Any, batch: Any) -> dict[str, jax.Array]:
-        _require_mesh(batch_sharding)
+        require_mesh(batch_sharding)
         return _float32_sums(loss_fn(params, batch, None))[1]
 
     replicated = sharding.replicated(batch_sharding.mesh)
@@ -159,7 +159,12 @@ def _microbatches(array: jax.Array, count: int, batch_sharding: NamedSharding) -
     return jax.lax.with_sharding_constraint(stacked, NamedSharding(batch_sharding.mesh, spec))
 
 
-def _require_mesh(batch_sharding: NamedSharding) -> None:
+def require_mesh(batch_sharding: NamedSharding) -> None:
+    """Checks that a step is traced within `sharding.use`.
+
+    Raises:
+      RuntimeError: it is not, and there is more than one device.
+    """
     if batch_sharding.mesh.size > 1 and jax.sharding.get_abstract_mesh().empty:
         raise RuntimeError(
             "call the step within sharding.use(mesh, rules); outside, the model's constraints do nothing"

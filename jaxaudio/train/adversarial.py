@@ -1,0 +1,301 @@
+"""One update of a generator and of the discriminators that judge it, blind to the models and to the losses' forms.
+
+A step has two losses and two optimizers. The losses that act on the generator through what it made (distances to the
+target, adversarial and feature losses) meet there: the gradient of each with respect to the reconstruction is measured,
+weighed by `balancer.balance` and pulled back through the generator at once. Penalties that do not act through the
+reconstruction (commitment) join that pull with their own weights. Codebooks that learn without gradients are updated
+last, from what the forward pass quantized.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from jaxaudio import sharding
+from jaxaudio.train.balancer import BalancerState, balance, init_balancer, loss_gradients
+from jaxaudio.train.state import InitParams, init_sharded
+from jaxaudio.train.step import require_mesh
+
+
+class Generated(NamedTuple):
+    """What an experiment's `generate(params, batch, key)` returns.
+
+    Attributes:
+      target: (B, ...) what the reconstruction should be; real to the discriminators.
+      reconstruction: (B, ...) float32; fake to them.
+      penalties: scalar losses by name that are no functions of the reconstruction.
+      quantized: what `update_codebooks` needs, gradients stopped; None without it.
+    """
+
+    target: Any
+    reconstruction: Any
+    penalties: Mapping[str, Any]
+    quantized: Any = None
+
+
+Generate = Callable[[Any, Any, jax.Array], Generated]
+Discriminate = Callable[[Any, Any], Any]  # (disc_params, waveform) -> judgement, such as [(logits, feature maps), ...]
+Loss = Callable[[Any, Any], Any]  # of target and reconstruction, or of the judgements of both; () float32
+UpdateCodebooks = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialLosses:
+    """The losses of a step, each a mean over the batch.
+
+    Attributes:
+      reconstruction: by name, of (target, reconstruction).
+      adversarial: by name, of the judgements of (target, reconstruction): what the generator minimises, and the
+        distance of their feature maps.
+      discriminator: of the judgements of (target, reconstruction): what the discriminators minimise.
+      weights: of each loss in `reconstruction` and `adversarial`.
+      penalty_weights: of each of the generator's penalties.
+      rescale: True rescales gradients so that the weights are parts of the whole (EnCodec's balancer); False takes the
+        weights as factors.
+
+    Raises:
+      ValueError: a loss without a weight or the other way round; the message names them.
+    """
+
+    reconstruction: Mapping[str, Loss]
+    adversarial: Mapping[str, Loss]
+    discriminator: Loss
+    weights: Mapping[str, float]
+    penalty_weights: Mapping[str, float]
+    rescale: bool
+
+    def __post_init__(self):
+        _require_same_names("losses", [*self.reconstruction, *self.adversarial], self.weights)
+
+
+class AdversarialState(struct.PyTreeNode):
+    """What one update reads and writes; a tree of arrays, or of their shapes or shardings.
+
+    step: () int32, the number of updates done.
+    params: the generator's parameters, without boxes, its codebooks among them.
+    opt_state: the state of their optimizer.
+    disc_params: the discriminators' parameters.
+    disc_opt_state: the state of theirs.
+    balancer: running norms of the losses' gradients.
+    codebooks: statistics of codebooks that learn without gradients, or None.
+    ema_params: exponential moving average of params, or None.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    disc_params: Any
+    disc_opt_state: Any
+    balancer: BalancerState
+    codebooks: Any = None
+    ema_params: Any = None
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate with: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def init_adversarial_state(
+    init_params: InitParams,
+    init_disc_params: InitParams,
+    losses: AdversarialLosses,
+    optimizer: optax.GradientTransformation,
+    disc_optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    *,
+    init_codebooks: Callable[[Any], Any] | None = None,
+    ema: bool = False,
+) -> tuple[AdversarialState, AdversarialState]:
+    """A new state, and the tree of its shardings; the same numbers on every mesh.
+
+    Args:
+      init_params: from a key to the generator's parameters with logical axes.
+      init_disc_params: the same for the discriminators.
+      losses: of the step that will use the state.
+      optimizer: of the generator.
+      disc_optimizer: of the discriminators.
+      key: split here, for the generator and for the discriminators.
+      mesh: from `sharding.make_mesh`.
+      rules: one of the tables of `sharding`.
+      init_codebooks: from the generator's parameters, without boxes, to the statistics of its codebooks.
+      ema: whether to keep an average of the generator's parameters; it starts equal to them.
+    Raises:
+      ShardingError: as `sharding.tree_shardings`, with the path of the parameter.
+    """
+
+    def build(key: jax.Array) -> AdversarialState:
+        params_key, disc_key = jax.random.split(key)
+        params, disc_params = init_params(params_key), init_disc_params(disc_key)
+        return AdversarialState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            disc_params=disc_params,
+            disc_opt_state=disc_optimizer.init(disc_params),
+            balancer=init_balancer(losses.weights),
+            codebooks=None if init_codebooks is None else init_codebooks(nn.meta.unbox(params)),
+            ema_params=params if ema else None,
+        )
+
+    return init_sharded(build, key, mesh, rules)
+
+
+def make_adversarial_step(
+    generate: Generate,
+    discriminate: Discriminate,
+    losses: AdversarialLosses,
+    optimizer: optax.GradientTransformation,
+    disc_optimizer: optax.GradientTransformation,
+    *,
+    shardings: AdversarialState,
+    batch_sharding: NamedSharding,
+    disc_probability: float = 1.0,
+    disc_first: bool = True,
+    update_codebooks: UpdateCodebooks | None = None,
+    ema_decay: float | None = None,
+    schedule: optax.Schedule | None = None,
+) -> Callable[[AdversarialState, Any, jax.Array], tuple[AdversarialState, dict[str, jax.Array]]]:
+    """The compiled `train_step(state, batch, key) -> (state, metrics)`; call it within `sharding.use`.
+
+    The state passed in is donated. Pass the same key at every step: fold_in(key, state.step) is split in three, for
+    `generate`, for the choice whether the discriminators learn, and for `update_codebooks`.
+
+    Args:
+      generate: (params, batch, key) -> Generated.
+      discriminate: (disc_params, waveform) -> judgement.
+      losses: of the judgements and of the reconstruction.
+      optimizer: of the generator, its clipping included.
+      disc_optimizer: of the discriminators.
+      shardings: of the state, from `init_adversarial_state`.
+      batch_sharding: of every array in the batch.
+      disc_probability: that the discriminators learn from a step; 2/3 in EnCodec's section 3.4.
+      disc_first: the generator meets the discriminators after their update, as in DAC; else before it.
+      update_codebooks: (params, codebook state, quantized, key) -> (params with the new codebooks, state, metrics).
+      ema_decay: d in ema = d * ema + (1 - d) * params after each update; needs a state made with ema=True.
+      schedule: the generator's; adds "learning_rate" to the metrics.
+    Returns:
+      train_step. Its metrics are float32 scalars: every loss and penalty by name, "loss" their weighted sum,
+      "share/NAME" how much of the pull on the reconstruction is each loss's, "discriminator_loss" by the discriminators
+      that the generator met, "discriminator_learns" 1 or 0, "grad_norm" and "disc_grad_norm" before any clipping (the
+      latter 0 where they do not learn), "learning_rate", and those of `update_codebooks`, (Q,) values as "NAME/0" ...
+    Raises:
+      ValueError: disc_probability outside (0, 1], or ema_decay without ema_params in the state or the other way round.
+        By train_step, when first called: a penalty without a weight or the other way round.
+      RuntimeError: by train_step, on more than one device outside of `sharding.use`.
+    """
+    if not 0 < disc_probability <= 1:
+        raise ValueError(f"disc_probability must be in (0, 1], got {disc_probability}")
+    if (ema_decay is None) != (shardings.ema_params is None):
+        raise ValueError(f"ema_decay={ema_decay} with {'no ' * (ema_decay is not None)}ema_params in the state")
+
+    def learn_to_discriminate(state: AdversarialState, generated: Generated) -> tuple[Any, Any, jax.Array]:
+        def loss(disc_params: Any) -> jax.Array:
+            real = discriminate(disc_params, generated.target)
+            return losses.discriminator(real, discriminate(disc_params, generated.reconstruction))
+
+        grads = jax.lax.with_sharding_constraint(jax.grad(loss)(state.disc_params), shardings.disc_params)
+        updates, opt_state = disc_optimizer.update(grads, state.disc_opt_state, state.disc_params)
+        return optax.apply_updates(state.disc_params, updates), opt_state, optax.tree.norm(grads)
+
+    def maybe_learn(learns: jax.Array, state: AdversarialState, generated: Generated) -> tuple[Any, Any, jax.Array]:
+        if disc_probability == 1:
+            return learn_to_discriminate(state, generated)
+        keep = state.disc_params, state.disc_opt_state, jnp.zeros(())
+        return jax.lax.cond(learns, lambda: learn_to_discriminate(state, generated), lambda: keep)
+
+    def train_step(state: AdversarialState, batch: Any, key: jax.Array) -> tuple[AdversarialState, dict[str, Any]]:
+        require_mesh(batch_sharding)
+        generate_key, disc_key, codebook_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        generated, pull_back = _generate(generate, losses, state.params, batch, generate_key)
+        learns = jax.random.uniform(disc_key) < disc_probability
+        disc_params, disc_opt_state, disc_grad_norm = maybe_learn(learns, state, generated)
+        met = disc_params if disc_first else state.disc_params
+        gradient, balancer, metrics = _judge(discriminate, losses, met, generated, state.balancer)
+        grads = jax.lax.with_sharding_constraint(pull_back(gradient), shardings.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, codebooks = optax.apply_updates(state.params, updates), state.codebooks
+        metrics |= {"discriminator_learns": learns, "disc_grad_norm": disc_grad_norm}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step)
+        if update_codebooks is not None:
+            params, codebooks, others = update_codebooks(params, codebooks, generated.quantized, codebook_key)
+            metrics |= _scalars(others)
+        ema_params = state.ema_params
+        if ema_decay is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        state = AdversarialState(
+            state.step + 1, params, opt_state, disc_params, disc_opt_state, balancer, codebooks, ema_params
+        )
+        return state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    replicated = sharding.replicated(batch_sharding.mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def _generate(
+    generate: Generate, losses: AdversarialLosses, params: Any, batch: Any, key: jax.Array
+) -> tuple[Generated, Callable[[jax.Array], Any]]:
+    """What the generator makes, and the function from a gradient of its reconstruction to one of its parameters."""
+
+    def forward(params: Any) -> tuple[tuple[Any, Any], Generated]:
+        generated = generate(params, batch, key)
+        return (generated.reconstruction, dict(generated.penalties)), generated
+
+    (_, penalties), pull_back, generated = jax.vjp(forward, params, has_aux=True)
+    _require_same_names("penalties", penalties, losses.penalty_weights)
+    weights = {name: jnp.asarray(losses.penalty_weights[name], value.dtype) for name, value in penalties.items()}
+    return generated, lambda gradient: pull_back((gradient, weights))[0]
+
+
+def _judge(
+    discriminate: Discriminate, losses: AdversarialLosses, disc_params: Any, generated: Generated, state: BalancerState
+) -> tuple[jax.Array, BalancerState, dict[str, jax.Array]]:
+    """The gradient of the reconstruction, the balancer's new state, and all losses' values and shares."""
+    target, reconstruction = generated.target, generated.reconstruction
+    real = discriminate(disc_params, target)
+
+    def distances(x: jax.Array) -> dict[str, jax.Array]:
+        return {name: loss(target, x) for name, loss in losses.reconstruction.items()}
+
+    def judgements(x: jax.Array) -> dict[str, jax.Array]:
+        fake = discriminate(disc_params, x)
+        return {name: loss(real, fake) for name, loss in losses.adversarial.items()}
+
+    values, grads = loss_gradients(distances, reconstruction)
+    adversarial_values, adversarial_grads = loss_gradients(judgements, reconstruction)
+    balanced = balance(grads | adversarial_grads, state, losses.weights, rescale=losses.rescale)
+    values = {**values, **adversarial_values, **generated.penalties}
+    weights = {**losses.weights, **losses.penalty_weights}
+    metrics = {"loss": sum(weights[name] * value for name, value in values.items())} | values
+    metrics |= {f"share/{name}": share for name, share in balanced.shares.items()}
+    metrics["discriminator_loss"] = losses.discriminator(real, discriminate(disc_params, reconstruction))
+    return balanced.gradient, balanced.state, metrics
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Each value (Q,) as Q scalars, "NAME/0" and so on; scalars as they are."""
+    scalars = {}
+    for name, value in metrics.items():
+        scalars |= {name: value} if value.ndim == 0 else {f"{name}/{q}": value[q] for q in range(len(value))}
+    return scalars
+
+
+def _require_same_names(what: str, values: Iterable[str], weights: Iterable[str]) -> None:
+    if set(values) != set(weights):
+        raise ValueError(f"{what} and weights must have the same names, got {sorted(values)} and {sorted(weights)}")

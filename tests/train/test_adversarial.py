@@ -1,0 +1,282 @@
+import functools
+import json
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_codec as toy
+from jax.sharding import PartitionSpec
+
+from jaxaudio import sharding
+from jaxaudio.train.adversarial import init_adversarial_state, make_adversarial_step
+from jaxaudio.train.checkpoint import Checkpointer
+from jaxaudio.train.loop import MetricsWriter, NonFiniteLossError, train_loop
+from jaxaudio.train.step import make_eval_step
+
+KEY = 7
+
+
+class Run:
+    """A mesh, a state and a step, as an experiment wires them."""
+
+    def __init__(self, num_devices=1, spec="data:-1", rules=sharding.DATA, *, losses=None, **options):
+        self.mesh, self.rules = sharding.make_mesh(spec, jax.devices()[:num_devices]), rules
+        losses = losses or toy.make_losses()
+        optimizers = options.pop("optimizer", optax.adam(1e-2)), options.pop("disc_optimizer", optax.adam(3e-3))
+        init_codebooks = toy.start_codebooks if options.setdefault("update_codebooks", toy.update) else None
+        self.state, self.shardings = init_adversarial_state(
+            toy.init_params,
+            toy.init_disc_params,
+            losses,
+            *optimizers,
+            jax.random.key(0),
+            self.mesh,
+            rules,
+            init_codebooks=init_codebooks,
+            ema=options.get("ema_decay") is not None,
+        )
+        self.batch_sharding = sharding.batch_sharding(self.mesh, rules)
+        self.step = make_adversarial_step(
+            options.pop("generate", toy.generate),
+            toy.discriminate,
+            losses,
+            *optimizers,
+            shardings=self.shardings,
+            batch_sharding=self.batch_sharding,
+            **options,
+        )
+
+    def put(self, batch):
+        return sharding.shard_batch(batch, self.mesh, self.rules)
+
+    def train(self, batches):
+        history = []
+        with sharding.use(self.mesh, self.rules):
+            for batch in batches:
+                self.state, metrics = self.step(self.state, self.put(batch), jax.random.key(KEY))
+                history.append({name: float(value) for name, value in metrics.items()})
+        return history
+
+
+def reference(state, losses, batches, *, disc_first, disc_probability):
+    """The two optimizers by hand, in the order of the papers; the balancer from its formula. Yields (state, values)."""
+    params, disc_params, codebooks = state.params, state.disc_params, state.codebooks
+    optimizer, disc_optimizer = optax.adam(1e-2), optax.adam(3e-3)
+    opt_state, disc_opt_state = optimizer.init(params), disc_optimizer.init(disc_params)
+    sums = dict.fromkeys(losses.weights, 0.0)
+
+    def terms(x_hat, x, disc_params):
+        judged = toy.discriminate(disc_params, x), toy.discriminate(disc_params, x_hat)
+        distances = {name: loss(x, x_hat) for name, loss in losses.reconstruction.items()}
+        return distances | {name: loss(*judged) for name, loss in losses.adversarial.items()}
+
+    def disc_loss(disc_params, x, x_hat):
+        return toy.discriminator_hinge(toy.discriminate(disc_params, x), toy.discriminate(disc_params, x_hat))
+
+    def total(params, batch, key, disc_params, factors):
+        made = toy.generate(params, batch, key)
+        values = terms(made.reconstruction, made.target, disc_params) | made.penalties
+        return sum(factors[name] * value for name, value in values.items()), values
+
+    disc_grad, total_grad = jax.jit(jax.value_and_grad(disc_loss)), jax.jit(jax.grad(total, has_aux=True))
+    term_grads = jax.jit(jax.jacrev(terms))
+    for step, batch in enumerate(batches):
+        key, disc_key, codebook_key = jax.random.split(jax.random.fold_in(jax.random.key(KEY), step), 3)
+        made = toy.generate(params, batch, jax.random.clone(key))
+        met = disc_params
+        if jax.random.uniform(disc_key) < disc_probability:
+            _, grads = disc_grad(disc_params, made.target, made.reconstruction)
+            updates, disc_opt_state = disc_optimizer.update(grads, disc_opt_state)
+            disc_params = optax.apply_updates(disc_params, updates)
+        if disc_first:
+            met = disc_params
+        factors = dict(losses.weights)
+        if losses.rescale:
+            for name, grad in term_grads(made.reconstruction, made.target, met).items():
+                sums[name] = 0.999 * sums[name] + 0.001 * np.linalg.norm(grad, axis=-1).mean()
+                average = sums[name] / (1 - 0.999 ** (step + 1))
+                factors[name] = losses.weights[name] / sum(losses.weights.values()) / average
+        grads, values = total_grad(params, batch, key, met, factors | losses.penalty_weights)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+        params, codebooks, _ = toy.update(params, codebooks, made.quantized, codebook_key)
+        values["discriminator_loss"] = disc_grad(met, made.target, made.reconstruction)[0]
+        values["grad_norm"] = optax.tree.norm(grads)
+        yield (params, disc_params, codebooks), {name: float(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("rescale", "disc_first", "disc_probability"), [(False, True, 1.0), (True, False, 0.5)], ids=["dac", "encodec"]
+)
+def test_step_equals_two_optimizers_by_hand(rescale, disc_first, disc_probability):
+    losses, order = toy.make_losses(rescale=rescale), {"disc_first": disc_first, "disc_probability": disc_probability}
+    run, batches = Run(losses=losses, **order), [toy.make_batch(seed) for seed in range(5)]
+    expected = list(reference(jax.device_get(run.state), losses, batches, **order))
+    for batch, (state, values) in zip(batches, expected, strict=True):
+        (metrics,) = run.train([batch])
+        assert {name: metrics[name] for name in values} == pytest.approx(values, rel=1e-4, abs=1e-6)
+        weights = losses.weights | losses.penalty_weights
+        assert metrics["loss"] == pytest.approx(sum(weights[name] * metrics[name] for name in weights), rel=1e-5)
+        assert sum(metrics[f"share/{name}"] for name in losses.weights) == pytest.approx(1, rel=1e-5)
+        found = run.state.params, run.state.disc_params, run.state.codebooks
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, state)
+    assert int(run.state.step) == 5
+    assert {"perplexity/0", "perplexity/1", "dead_codes/0", "dead_codes/1"} <= metrics.keys()
+
+
+def test_discriminators_learn_as_often_as_asked():
+    run = Run(disc_probability=2 / 3, update_codebooks=None)
+    history, changed = [], []
+    for seed in range(40):
+        before = jax.device_get(run.state.disc_params)
+        history += run.train([toy.make_batch(seed)])
+        changed.append(not np.array_equal(before["kernel"], run.state.disc_params["kernel"]))
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(KEY), step), 3)[1] for step in range(40)]
+    assert changed == [bool(jax.random.uniform(key) < 2 / 3) for key in keys]
+    assert [m["discriminator_learns"] for m in history] == changed
+    assert [m["disc_grad_norm"] > 0 for m in history] == changed
+    assert all(m["discriminator_loss"] > 0 for m in history)
+    assert 20 <= sum(changed) <= 33
+
+
+def test_every_mesh_gives_the_same_run():
+    batches = [toy.make_batch(seed) for seed in range(4)]
+    single = Run(ema_decay=0.9, disc_probability=0.7)
+    expected = single.train(batches)
+    for spec, rules in (("data:8", sharding.DATA), ("data:2,fsdp:4", sharding.FSDP)):
+        run = Run(8, spec, rules, ema_decay=0.9, disc_probability=0.7)
+        for metrics, one in zip(run.train(batches), expected, strict=True):
+            assert metrics == pytest.approx(one, rel=1e-5, abs=1e-6), spec
+        assert jax.tree.map(lambda x: x.sharding, run.state) == run.shardings
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run.state, single.state)
+
+
+def test_state_is_born_sharded():
+    run = Run(8, "data:2,fsdp:4", sharding.FSDP, ema_decay=0.9)
+    split = PartitionSpec(None, "fsdp")
+    adam, disc_adam = run.state.opt_state[0], run.state.disc_opt_state[0]
+    trees = [(run.state.params, adam.mu, adam.nu, run.state.ema_params), (run.state.disc_params, disc_adam.mu)]
+    for name, alike in zip(("encoder", "kernel"), trees, strict=True):
+        assert {tree[name].sharding.spec for tree in alike} == {split}
+    assert run.state.codebooks.sums.sharding.is_fully_replicated
+    assert run.state.eval_params is run.state.ema_params
+    assert run.state.replace(ema_params=None).eval_params is run.state.params
+
+
+def test_ema_and_learning_rate():
+    run = Run(ema_decay=0.75, schedule=lambda step: 0.5 * (step + 1))
+    average = jax.device_get(run.state.params)
+    for seed in range(2):
+        (metrics,) = run.train([toy.make_batch(seed)])
+        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.asarray(p), average, run.state.params)
+        assert metrics["learning_rate"] == 0.5 * (seed + 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.state.ema_params, average)
+
+
+def test_ten_steps_compile_once_and_donate_the_state():
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return toy.generate(*args)
+
+    run = Run(generate=counted)
+    first = run.state
+    run.train([toy.make_batch(seed) for seed in range(10)])
+    assert len(traces) == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
+def test_overfits_one_batch():
+    run, batch = Run(losses=toy.make_losses(rescale=True), optimizer=optax.adam(3e-2)), toy.make_batch(rows=4)
+    history = run.train([batch] * 150)
+    assert history[-1]["l2"] < 0.05 * history[0]["l2"]
+    assert history[-1]["l1"] < 0.3 * history[0]["l1"]
+    assert history[-1]["perplexity/0"] > 3
+
+
+def test_eval_step_reads_the_generator():
+    run = Run(ema_decay=0.9)
+
+    def loss_fn(params, batch, key):
+        assert key is None
+        made = toy.generate(params, batch, jax.random.key(0))
+        return jnp.sum(jnp.abs(made.target - made.reconstruction)), {"weight": jnp.float32(made.target.size)}
+
+    evaluate = make_eval_step(loss_fn, shardings=run.shardings, batch_sharding=run.batch_sharding)
+    with sharding.use(run.mesh, run.rules):
+        sums = evaluate(run.state.eval_params, run.put(toy.make_batch()))
+    made = toy.generate(run.state.params, toy.make_batch(), jax.random.key(0))
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(toy.l1(made.target, made.reconstruction)))
+
+
+def batches_from(broken):
+    def example(index):
+        return {"waveform": toy.make_batch(index, rows=1)["waveform"][0] * (np.nan if index == broken else 1)}
+
+    return iter(grain.MapDataset.range(40).seed(0).shuffle().repeat().map(example).batch(8).to_iter_dataset())
+
+
+@functools.cache
+def sharded_run():
+    """A run of which each training starts anew, compiled once; and its first state."""
+    run = Run(8, "data:2,fsdp:4", sharding.FSDP, ema_decay=0.9, disc_probability=0.6)
+    return run, jax.device_get(run.state)
+
+
+def train_in(workdir, num_steps, broken=None):
+    run, start = sharded_run()
+    with (
+        sharding.use(run.mesh, run.rules),
+        Checkpointer(workdir / "checkpoints", config={}) as checkpointer,
+        MetricsWriter(workdir, checkpointer.latest_step or 0) as writer,
+    ):
+        return train_loop(
+            jax.device_put(start, run.shardings),
+            run.step,
+            batches_from(broken),
+            jax.random.key(KEY),
+            num_steps=num_steps,
+            workdir=workdir,
+            checkpointer=checkpointer,
+            writer=writer,
+            put=run.put,
+            log_every=1,
+        )
+
+
+def test_resuming_reproduces_the_run_bit_for_bit(tmp_path):
+    train_in(tmp_path / "resumed", 3)
+    resumed = train_in(tmp_path / "resumed", 6)
+    whole = train_in(tmp_path / "whole", 6)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("resumed", "whole")]
+    assert lines[0] == lines[1]
+    assert "train/share/feature" in json.loads(lines[0].splitlines()[-1])
+
+
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"step \d gave .*'loss': nan"):
+        train_in(tmp_path, 6, broken=3)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"losses and weights must have the same names, got .*'l2'\] and \['l1'\]"):
+        toy.make_losses(weights={"l1": 1.0})
+    with pytest.raises(ValueError, match=r"disc_probability must be in \(0, 1\], got 0.0"):
+        Run(disc_probability=0.0)
+    run = Run(8)
+    wiring = {"shardings": run.shardings, "batch_sharding": run.batch_sharding}
+    make = functools.partial(make_adversarial_step, toy.generate, toy.discriminate, toy.make_losses())
+    with pytest.raises(ValueError, match="ema_decay=0.9 with no ema_params in the state"):
+        make(optax.sgd(0.1), optax.sgd(0.1), ema_decay=0.9, **wiring)
+    with pytest.raises(ValueError, match=r"penalties and weights must have the same names, got \['commitment'\] and"):
+        Run(losses=toy.make_losses(penalty_weights={"commit": 1.0})).train([toy.make_batch()])
+    with pytest.raises(RuntimeError, match="within sharding.use"):
+        run.step(run.state, run.put(toy.make_batch()), jax.random.key(KEY))
+    rules = {name: axes for name, axes in sharding.DATA.items() if name != "conv"}
+    with pytest.raises(sharding.ShardingError, match="params/decoder: unknown logical axis 'conv'"):
+        Run(rules=rules)
