@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jaxaudio.data.arithmetic_coding import Decoder, Encoder
 from jaxaudio.data.files import atomic_path
@@ -26,6 +27,8 @@ HOW_TO_GET_ONE = (
     "python -m experiments.encodec_entropy"
 )
 _BLOCK = 64  # frames whose tables are in memory together
+# Products of one row gain nothing from threads; beside other work, waiting for them took three times as long.
+_one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class LMCoder:
             digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 
+    @_one_thread
     def encode(self, codes: np.ndarray) -> bytes:
         """The bytes of codes (Q, T); Q may be less than the model's codebooks.
 
@@ -75,6 +79,7 @@ class LMCoder:
                 encoder.put(stream[:, block].T.reshape(-1), tables.reshape(-1, tables.shape[-1]))
         return encoder.finish()
 
+    @_one_thread
     def decode(self, data: bytes, num_codebooks: int, num_frames: int) -> np.ndarray:
         """The codes (Q, T) int32 that `encode` made `data` of.
 

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_encodec_lm import C, N, PAST, Q, integer_lm, random_codes, random_params, shifted
+from tiny_encodec_lm import PAST, C, N, Q, integer_lm, random_codes, random_params, shifted
 
 from jaxaudio.data.arithmetic_coding import CodingError
 from jaxaudio.data.codec_files import EntropyCoder
@@ -144,9 +144,7 @@ def test_codes_that_it_does_not_have(coder):
 
 
 def test_files_that_are_refused(coder, tmp_path):
-    with pytest.raises(
-        EntropyModelError, match=r"has no entropy model \(entropy.safetensors\): convert .* or train one"
-    ):
+    with pytest.raises(EntropyModelError, match=r"has no entropy model \(entropy.safetensors\): convert .* train one"):
         load_entropy_coder(tmp_path)
     path = save_entropy_model(tmp_path, coder.model.tensors, num_heads=N, past_frames=PAST, name="tiny")
     whole = path.read_bytes()
