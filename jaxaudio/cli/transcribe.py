@@ -1,7 +1,6 @@
 """Runs `jaxaudio transcribe`: many files in one batch, their outputs, and lists that are done in parts."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
@@ -9,13 +8,14 @@ import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import tqdm
 
-from jaxaudio.cli.transcribe_arguments import CACHE, DEVICES, SUBTITLE_OPTIONS, transcribe_options
+from jaxaudio.cli.device import compilation_cache, use_device
+from jaxaudio.cli.transcribe_arguments import SUBTITLE_OPTIONS, transcribe_options
 from jaxaudio.convert.whisper import load_whisper
 from jaxaudio.data.audio import RESAMPLER, AudioError, audio_info
 from jaxaudio.data.languages import LANGUAGES
@@ -152,9 +152,9 @@ def _is_done(job: _Job, log: ResultLog | None, folder: pathlib.Path, formats: Se
 
 def _transcribe(arguments: argparse.Namespace, options: TranscribeOptions, jobs: Sequence[_Job], finish: Any) -> int:
     """Transcribes the files and gives each to `finish` when it is done; returns how many failed."""
-    _use_device(arguments.device)
+    use_device(arguments.device)
     num_failed, started = 0, time.perf_counter()
-    with _compilation_cache(arguments.compilation_cache), _CompileClock() as clock, _Bar(jobs) as bar:
+    with compilation_cache(arguments.compilation_cache), _CompileClock() as clock, _Bar(jobs) as bar:
         model, params, tokenizer, description = _load(arguments)
         if not tokenizer.is_multilingual and options.language not in (None, "en"):
             language = LANGUAGES[options.language].title()
@@ -197,42 +197,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Whisper, Any, Any, str]:
         params = inference_params(params, int8=True)
     kind = f"{config.dtype}{', 8-bit decoder' if arguments.int8 else ''} on {jax.devices()[0].device_kind}"
     return Whisper(config), params, checkpoint.tokenizer, f"{arguments.model}, {num_parameters:,} parameters, {kind},"
-
-
-def _use_device(name: str | None) -> None:
-    """Chooses JAX's backend; without a name JAX takes an accelerator if there is one.
-
-    Raises:
-      ValueError: there is no such device, or JAX has begun with another.
-    """
-    if name is None:
-        return
-    jax.config.update("jax_platforms", "cuda" if DEVICES[name] == "gpu" else DEVICES[name])
-    try:
-        backend = jax.default_backend()
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {error}") from error
-    if backend != DEVICES[name]:
-        raise ValueError(f"--device {name}: this process computes on {backend} already")
-
-
-@contextlib.contextmanager
-def _compilation_cache(folder: str | None) -> Iterator[None]:
-    """Keeps compiled programs in a folder while the block runs; JAX reads its name when it first compiles."""
-    if folder is None:
-        settings = {"jax_enable_compilation_cache": False}
-    else:
-        settings = {"jax_persistent_cache_min_compile_time_secs": 0.0}
-        if folder != CACHE or not jax.config.jax_compilation_cache_dir:
-            settings["jax_compilation_cache_dir"] = os.path.expanduser(folder)
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 class _CompileClock:

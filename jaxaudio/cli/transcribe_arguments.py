@@ -5,14 +5,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jaxaudio.cli.device import CACHE, DEVICES
 from jaxaudio.data.languages import language_code
 
 if TYPE_CHECKING:
     from jaxaudio.generate.transcribe_options import TranscribeOptions
 
 MAX_BATCH = 8
-CACHE = "~/.cache/jaxaudio/compilation"
-DEVICES = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
 SUBTITLE_OPTIONS = ("highlight_words", "max_line_width", "max_line_count", "max_words_per_line")
 _BEST_OF, _BEAM_SIZE = 5, 5
 
