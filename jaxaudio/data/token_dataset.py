@@ -30,6 +30,7 @@ class TokenFormat:
     Attributes:
       codec: name of the codec.
       config_hash: of its config.
+      codebooks_hash: of its codebooks, which differ between two trainings of one config.
       num_codebooks: of each frame, the coarsest first.
       codebook_size: codes are from 0 to codebook_size - 1.
       frame_rate: frames of a second, in Hz; within a segment where there are segments.
@@ -37,11 +38,13 @@ class TokenFormat:
       sample_rate: of the waveform, in Hz.
       channels: of the waveform.
       scale: whether each segment has a scale, without which its level is lost.
-      segment_s, segment_overlap: seconds of a segment and the overlapping share, None where a clip is encoded whole.
+      segment_length, segment_stride: samples of a segment, and from the start of one to the start of the next; None
+        where a clip is encoded whole.
     """
 
     codec: str
     config_hash: str
+    codebooks_hash: str
     num_codebooks: int
     codebook_size: int
     frame_rate: float
@@ -49,8 +52,8 @@ class TokenFormat:
     sample_rate: int
     channels: int
     scale: bool
-    segment_s: float | None = None
-    segment_overlap: float | None = None
+    segment_length: int | None = None
+    segment_stride: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

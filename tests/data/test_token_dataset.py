@@ -9,7 +9,7 @@ import pytest
 from jaxaudio.data.manifests import TimedText, Utterance
 from jaxaudio.data.token_dataset import FailedClip, TokenClip, TokenDataset, TokenFormat, TokenWriter
 
-FORMAT = TokenFormat("tiny", "ab12", 3, 300, 75.0, 320, 24000, 1, scale=False)
+FORMAT = TokenFormat("tiny", "ab12", "ef56", 3, 300, 75.0, 320, 24000, 1, scale=False)
 UTTERANCES = [
     Utterance("a.wav", text="one\u2028two", id="first"),
     Utterance("b.wav", language="de", duration_s=1.5),
@@ -65,9 +65,9 @@ def test_files_can_be_read_without_us(folder):
     }  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format"] == {
-        "codec": "tiny", "config_hash": "ab12", "num_codebooks": 3, "codebook_size": 300, "frame_rate": 75.0,
-        "hop_length": 320, "sample_rate": 24000, "channels": 1, "scale": False, "segment_s": None,
-        "segment_overlap": None,
+        "codec": "tiny", "config_hash": "ab12", "codebooks_hash": "ef56", "num_codebooks": 3, "codebook_size": 300,
+        "frame_rate": 75.0, "hop_length": 320, "sample_rate": 24000, "channels": 1, "scale": False,
+        "segment_length": None, "segment_stride": None,
     }  # fmt: skip
     assert (manifest["num_clips"], manifest["num_frames"], manifest["failed"]) == (5, 19, [])
     assert manifest["shards"][1] == {"name": "shard-00001", "num_clips": 2, "num_frames": 10}
@@ -134,6 +134,7 @@ def test_a_shard_in_which_all_failed(tmp_path):
     [
         ({"codec": "other"}, "codec 'tiny' there, 'other' now"),
         ({"config_hash": "cd34"}, "config_hash 'ab12' there, 'cd34' now"),
+        ({"codebooks_hash": "00"}, "codebooks_hash 'ef56' there, '00' now"),
         ({"num_codebooks": 8}, "num_codebooks 3 there, 8 now"),
         ({"clips_per_shard": 4}, "clips_per_shard 2 there, 4 now"),
         ({"utterances": UTTERANCES[:4]}, "num_recordings 5 there, 4 now; list_sha256 '"),
