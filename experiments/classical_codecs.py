@@ -95,7 +95,7 @@ def codec2(waveform: np.ndarray, sample_rate: int, bits_per_second: int) -> Code
     decoded = np.concatenate([decoder.decode(frame) for frame in sent]).astype(np.float32) / 32767
     decoded = decoded[_CODEC2_DELAY_700 if bits_per_second == 700 else _CODEC2_DELAY :]
     decoded = _resample(decoded, CODEC2_SAMPLE_RATE, sample_rate)
-    return Coded(_fit(decoded, len(waveform)), num_frames * coder.bits_per_frame())
+    return Coded(fit(decoded, len(waveform)), num_frames * coder.bits_per_frame())
 
 
 def align(decoded: np.ndarray, reference: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -107,10 +107,10 @@ def align(decoded: np.ndarray, reference: np.ndarray, sample_rate: int) -> np.nd
     delays = np.arange(-longest, longest + 1)
     delay = int(delays[np.argmax(correlation[delays])])
     moved = decoded[delay:] if delay >= 0 else np.pad(decoded, (-delay, 0))
-    return _fit(moved, len(reference))
+    return fit(moved, len(reference))
 
 
-def _fit(samples: np.ndarray, length: int) -> np.ndarray:
+def fit(samples: np.ndarray, length: int) -> np.ndarray:
     """So many samples, with zeros after them where they are fewer."""
     samples = samples[:length]
     return np.pad(samples, (0, length - len(samples))).astype(np.float32)
