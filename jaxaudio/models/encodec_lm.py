@@ -116,7 +116,7 @@ class EncodecLM(nn.Module):
     def _embedded(self, inputs: jax.Array, num_levels: jax.Array | None) -> jax.Array:
         """The sum of the codebooks' embeddings (B, T, D)."""
         config, num_codebooks = self.config, inputs.shape[1]
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codebook", "codebook", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codebook", None, "embed"))
         shape = (config.num_codebooks, config.codebook_size + 1, config.embed_dim)
         tables = self.param("embedding", init, shape, jnp.float32)[:num_codebooks]
         rows = inputs + (jnp.arange(num_codebooks) * tables.shape[1])[None, :, None]
@@ -130,10 +130,10 @@ class EncodecLM(nn.Module):
         """(B, T, D) -> (B, Q, T, C), one linear layer for each codebook."""
         config = self.config
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0)
-        init = nn.with_logical_partitioning(init, ("codebook", "embed", "codebook"))
+        init = nn.with_logical_partitioning(init, ("codebook", "embed", None))
         shape = (config.num_codebooks, config.embed_dim, config.codebook_size)
         kernel = self.param("logits_kernel", init, shape, jnp.float32)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("codebook", "codebook"))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("codebook", None))
         bias = self.param("logits_bias", zeros, (shape[0], shape[2]), jnp.float32)
         logits = jnp.einsum("BTD,QDC->BQTC", x, kernel[:num_codebooks])
         return logits + bias[None, :num_codebooks, None]
