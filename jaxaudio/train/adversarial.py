@@ -8,6 +8,7 @@ last, from what the forward pass quantized.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from jaxaudio import sharding
-from jaxaudio.train.balancer import BalancerState, balance, init_balancer, loss_gradients
+from jaxaudio.train.balancer import BalancerState, balance, init_balancer
 from jaxaudio.train.state import InitParams, init_sharded
 from jaxaudio.train.step import require_mesh
 
@@ -269,22 +270,19 @@ def _judge(
     """The gradient of the reconstruction, the balancer's new state, and all losses' values and shares."""
     target, reconstruction = generated.target, generated.reconstruction
     real = discriminate(disc_params, target)
-
-    def distances(x: jax.Array) -> dict[str, jax.Array]:
-        return {name: loss(target, x) for name, loss in losses.reconstruction.items()}
-
-    def judgements(x: jax.Array) -> dict[str, jax.Array]:
-        fake = discriminate(disc_params, x)
-        return {name: loss(real, fake) for name, loss in losses.adversarial.items()}
-
-    values, grads = loss_gradients(distances, reconstruction)
-    adversarial_values, adversarial_grads = loss_gradients(judgements, reconstruction)
-    balanced = balance(grads | adversarial_grads, state, losses.weights, rescale=losses.rescale)
-    values = {**values, **adversarial_values, **generated.penalties}
+    fake, pull_back = jax.vjp(functools.partial(discriminate, disc_params), reconstruction)
+    values, grads = {}, {}
+    for name, loss in losses.reconstruction.items():
+        values[name], grads[name] = jax.value_and_grad(functools.partial(loss, target))(reconstruction)
+    for name, loss in losses.adversarial.items():
+        values[name], judgement_grads = jax.value_and_grad(functools.partial(loss, real))(fake)
+        (grads[name],) = pull_back(judgement_grads)
+    balanced = balance(grads, state, losses.weights, rescale=losses.rescale)
+    values |= generated.penalties
     weights = {**losses.weights, **losses.penalty_weights}
     metrics = {"loss": sum(weights[name] * value for name, value in values.items())} | values
     metrics |= {f"share/{name}": share for name, share in balanced.shares.items()}
-    metrics["discriminator_loss"] = losses.discriminator(real, discriminate(disc_params, reconstruction))
+    metrics["discriminator_loss"] = losses.discriminator(real, fake)
     return balanced.gradient, balanced.state, metrics
 
 
