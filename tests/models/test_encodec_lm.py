@@ -10,6 +10,7 @@ import tiny_encodec_lm
 import torch
 from encodec_peer import encodec_package
 
+from jaxaudio import sharding
 from jaxaudio.convert.encodec_lm import load_encodec_lm, main
 from jaxaudio.convert.tensors import ConvertError
 from jaxaudio.data.entropy_coder import load_entropy_coder
@@ -109,6 +110,27 @@ def test_gradients_reach_every_parameter(ours):
 
     grads = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
     assert not [jax.tree_util.keystr(path) for path, grad in grads if not np.abs(grad).max() > 0]
+
+
+@pytest.mark.slow
+def test_every_table_of_axes_gives_the_same_loss(ours):
+    model, params = ours
+    inputs = np.tile(make_inputs(), (4, 1, 1))
+
+    @jax.jit
+    def loss(params, inputs):
+        logits, _ = model.apply({"params": params}, inputs)
+        return cross_entropy(logits, (inputs * 7) % C, jnp.ones(inputs.shape, bool))[0]
+
+    expected = loss(params, jnp.asarray(inputs))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, Q, 1), jnp.int32))["params"]
+    for table, axes in {"DATA": "data:8", "FSDP": "data:2,fsdp:4", "TENSOR": "data:2,fsdp:2,model:2"}.items():
+        mesh, rules = sharding.make_mesh(axes), sharding.TABLES[table]
+        shardings = sharding.tree_shardings(boxed, mesh, rules)
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(shardings)) == (table != "DATA")
+        with sharding.use(mesh, rules):
+            placed = sharding.shard_batch({"inputs": inputs}, mesh, rules)["inputs"]
+            np.testing.assert_allclose(loss(jax.device_put(params, shardings), placed), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("encodec_24khz", 15.56), ("encodec_48khz", 8.99)])
