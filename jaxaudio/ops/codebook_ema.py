@@ -32,7 +32,8 @@ class CodebookConfig:
       smoothing: epsilon of the Laplace smoothing of usages; 0 divides by the usages as they are, as Mimi does.
       kmeans_iterations: of Lloyd's algorithm, at a level's start.
       dead_usage: a code that fewer vectors of a batch choose, on average, is replaced by a vector of the batch.
-      dead_is_relative: `dead_usage` is a part of the mean usage of the level's codes, not a number of vectors.
+      dead_is_relative: `dead_usage` is a part of the mean usage of the level's codes, not a number of vectors, of which
+        a small batch, or one with few rows that use the level, has too few for all codes.
       replace_every: updates from one replacement of dead codes to the next.
 
     Raises:
@@ -112,9 +113,9 @@ def update_codebooks(
     1. A started level's averages take in the batch.
     2. The first level that is not started gets its k-means, from this batch alone. The level behind it waits for the
        next update, whose residuals have been through this one.
-    3. Every `replace_every` updates, and right after a level's start, dead codes become vectors of the batch, as if
-       chosen as often as the level's mean. Sum and usage are both set anew: a code that got a new vector but kept its
-       sum would be back at the next update.
+    3. Every `replace_every` updates, dead codes of started levels become vectors of the batch, as if chosen as often as
+       the level's mean. Sum and usage are both set anew: a code that got a new vector but kept its sum would be back at
+       the next update. No two get the same vector; where a batch has fewer than dead codes, the others wait.
 
     A level that no row used stays as it is.
 
@@ -158,7 +159,7 @@ def update_codebooks(
         "perplexity": jnp.where(is_started, _perplexity(usage), 1.0),
         "dead_codes": jnp.sum(is_dead | ~is_started[:, None], axis=-1, dtype=jnp.float32),
     }
-    is_due = (is_learning & ((state.step + 1) % config.replace_every == 0)) | is_starting
+    is_due = is_learning & ((state.step + 1) % config.replace_every == 0)
     is_replaced = is_dead & is_due[:, None]
     usage, sums = jax.lax.cond(
         jnp.any(is_replaced),
@@ -207,19 +208,23 @@ def draw_vectors(
 
 
 def _start(level, usage, sums, residuals, mask, key, config):
-    """Usage and sums with those of k-means at one level."""
+    """Usage and sums with those of k-means at one level; a code without a vector is zero, and dead."""
     vectors, rows = residuals[level], mask[:, level]
     centroids = draw_vectors(key, vectors, rows, usage.shape[1])
     counts, new_sums, _ = kmeans(vectors, rows, centroids, config.kmeans_iterations)
     return usage.at[level].set(counts), sums.at[level].set(new_sums)
 
 
-def _replace(is_replaced, usage, sums, residuals, mask, key):
-    """Usage and sums with new ones for the replaced codes."""
-    keys = jax.random.split(key, len(usage))
-    draw = lambda key, vectors, rows: draw_vectors(key, vectors, rows, usage.shape[1])  # noqa: E731
+def _replace(is_dead, usage, sums, residuals, mask, key):
+    """Usage and sums with those of new vectors for the dead codes."""
+
+    def level(key, is_dead, vectors, rows):
+        order = jnp.cumsum(is_dead) - 1
+        new = draw_vectors(key, vectors, rows, len(is_dead))[order]
+        return is_dead & (order < jnp.sum(rows) * vectors.shape[1]), new
+
+    is_replaced, vectors = jax.vmap(level)(jax.random.split(key, len(usage)), is_dead, residuals, mask.T)
     mean = jnp.mean(usage, axis=-1, keepdims=True)
-    vectors = jax.vmap(draw)(keys, residuals, mask.T)
     usage = jnp.where(is_replaced, mean, usage)
     return usage, jnp.where(is_replaced[..., None], mean[..., None] * vectors, sums)
 

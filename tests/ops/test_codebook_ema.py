@@ -164,6 +164,23 @@ def test_a_level_waits_for_rows_that_use_it():
     assert float(state.usage[1].sum()) == T
 
 
+def test_batches_with_fewer_vectors_than_codes_fill_the_codebook_one_after_the_other():
+    config = CodebookConfig(kmeans_iterations=2, dead_usage=0.1, dead_is_relative=True)
+    size, codebooks = 2 * T + 3, jnp.zeros((1, 2 * T + 3, E))
+    state = init_codebooks(codebooks)
+    mask = np.arange(B)[:, None] == 3  # one row of T vectors
+    seen, known = [], []
+    for step in range(3):
+        z = jnp.asarray(np.random.default_rng(step).normal(size=(B, T, E)), jnp.float32)
+        codes, residuals = quantize(z, codebooks)
+        state, codebooks, metrics = update(state, residuals, codes, mask, jax.random.key(step), config)
+        seen += np.asarray(z[3]).tolist()
+        known.append(sum(np.abs(np.asarray(codebooks[0]) - vector).max(-1).min() < 0.1 for vector in np.array(seen)))
+        assert float(metrics["dead_codes"][0]) == [size - T, size - T, size - 2 * T][step]
+    assert known[:2] == [T, 2 * T]
+    assert len(np.unique(np.round(codebooks[0], 3), axis=0)) == size
+
+
 @jax.jit
 def quantize(z, codebooks):
     """Codes (B, Q, T) and residuals (Q, B, T, E) of latents (B, T, E)."""
