@@ -153,9 +153,7 @@ def _read_file(path: pathlib.Path) -> CodecFile:
 def _read_safetensors_file(path: pathlib.Path) -> tuple[Kind, CodecConfig, Tensors]:
     tensors = read_safetensors(path)
     if not any(name.startswith("quantizer.rvq_first.") for name in tensors):
-        raise ConvertError(
-            f"{path} is no Mimi of Kyutai's: expected tensors such as quantizer.rvq_first.*, got {_some(tensors)}"
-        )
+        raise ConvertError(f"{path} is no Mimi of Kyutai's: expected quantizer.rvq_first.*, got {_some(tensors)}")
     beside = path.with_name(_KYUTAI_CONFIG)
     if not beside.is_file():
         return "mimi", mimi.PRESETS["mimi"], tensors
