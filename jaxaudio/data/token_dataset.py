@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxaudio.data.audio import RESAMPLER
 from jaxaudio.data.files import atomic_path
 from jaxaudio.data.manifests import Utterance, from_fields, to_fields
 
@@ -154,7 +155,8 @@ class TokenWriter:
       num_shards: of the whole list.
 
     Raises:
-      ValueError: there are codes of another codec, bandwidth, list or size of shards; names both of each that differs.
+      ValueError: there are codes of another codec, bandwidth, list, size of shards or resampler; names both of each
+        that differs.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class TokenWriter:
             "num_recordings": len(utterances),
             "list_sha256": hashlib.sha256(listed.encode()).hexdigest(),
             "clips_per_shard": clips_per_shard,
+            "resampler": RESAMPLER,
         }
         path = self._folder / "settings.json"
         there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
@@ -241,6 +244,7 @@ class TokenWriter:
         manifest = {
             "version": 1,
             "format": dataclasses.asdict(self._format),
+            "resampler": RESAMPLER,
             "num_clips": sum(shard["num_clips"] for shard in shards),
             "num_frames": sum(shard["num_frames"] for shard in shards),
             "shards": shards,

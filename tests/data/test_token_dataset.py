@@ -6,6 +6,7 @@ import grain
 import numpy as np
 import pytest
 
+from jaxaudio.data import token_dataset
 from jaxaudio.data.manifests import TimedText, Utterance
 from jaxaudio.data.token_dataset import FailedClip, TokenClip, TokenDataset, TokenFormat, TokenWriter
 
@@ -70,6 +71,7 @@ def test_files_can_be_read_without_us(folder):
         "segment_length": None, "segment_stride": None,
     }  # fmt: skip
     assert (manifest["num_clips"], manifest["num_frames"], manifest["failed"]) == (5, 19, [])
+    assert manifest["resampler"].startswith("soxr ")
     assert manifest["shards"][1] == {"name": "shard-00001", "num_clips": 2, "num_frames": 10}
 
 
@@ -145,6 +147,12 @@ def test_another_request_is_refused(folder, changes, message):
     fields = {name: settings.pop(name) for name in changes if name not in ("utterances", "clips_per_shard")}
     with pytest.raises(ValueError, match=message):
         TokenWriter(folder, dataclasses.replace(FORMAT, **fields), **settings)
+
+
+def test_another_resampler_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(token_dataset, "RESAMPLER", "soxr 9 HQ")
+    with pytest.raises(ValueError, match="resampler 'soxr .* VHQ' there, 'soxr 9 HQ' now"):
+        TokenWriter(folder, FORMAT, UTTERANCES, 2)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
