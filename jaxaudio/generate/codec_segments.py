@@ -65,7 +65,7 @@ def decode_segments(
                 f"{len(scales)} segments from sample {begin} on of a recording of {num_samples} have "
                 f"{np.maximum(frames, 0).sum()} frames, got {codes.shape[1]}"
             )
-        rows = np.split(codes, np.cumsum(frames)[:-1])
+        rows = np.split(codes.T, np.cumsum(frames)[:-1])
         stacked = _stack(rows, size // hop).transpose(0, 2, 1)
         decoded = decode_rows(stacked, frames.astype(np.int32)) * scales[:, None, None]
         ready = []
