@@ -8,25 +8,30 @@ import pathlib
 import re
 from typing import Any
 
+_CODEC_SUFFIXES = (".th", ".pth", ".bin", ".safetensors")
+
 
 def add_parsers(commands: Any) -> None:
     """Adds the subcommands to those of argparse's `add_subparsers`."""
     convert = commands.add_parser(
         "convert",
-        help="rewrite a Whisper checkpoint in another layout",
-        description="Rewrites a Whisper checkpoint bit for bit: every tensor keeps its numbers and its dtype. It "
-        "appears at OUT whole or not at all.",
+        help="rewrite the checkpoint of a Whisper or a codec in another layout",
+        description="Rewrites a Whisper checkpoint bit for bit: every tensor keeps its numbers and dtype. A codec's "
+        "(EnCodec, DAC, Mimi) weight norm is folded, into float32. The checkpoint appears at OUT whole or not at all.",
     )
     convert.add_argument(
-        "source", metavar="IN", help="a folder of HuggingFace's or ours, OpenAI's .pt file, a hub id, or a size"
+        "source",
+        metavar="IN",
+        help="a folder of HuggingFace's or ours, a file of OpenAI's (.pt), Meta's (.th, .bin), Descript's (.pth) or "
+        "Kyutai's (.safetensors), a hub id, or a size of Whisper or name of a codec",
     )
     convert.add_argument(
-        "destination", metavar="OUT", help="a folder to write; or a .pt file, which is OpenAI's layout"
+        "destination", metavar="OUT", help="a folder to write; or, of a Whisper, a .pt file, which is OpenAI's layout"
     )
     convert.add_argument(
         "--format",
         choices=("hf", "jaxaudio"),
-        help="layout of a folder; by default ours if IN is HuggingFace's, else HuggingFace's",
+        help="layout of a folder; by default ours if IN is HuggingFace's or a codec's file, else HuggingFace's",
     )
     convert.add_argument("--tokenizer", help="its file or folder, where IN comes without one, as .pt files do")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
@@ -35,15 +40,15 @@ def add_parsers(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show what a checkpoint or an audio file holds",
-        description="Of a run's checkpoint: its parameters and config, and the steps of its run. Of a Whisper, a "
-        "folder or a .pt file: its config and parameters. Of an audio file: its format, its length, and the peak, "
+        description="Of a run's checkpoint: its parameters and config, and the steps of its run. Of a Whisper or a "
+        "codec, a folder or a file: its config and parameters. Of an audio file: its format, its length, and the peak, "
         "clipping and silence of its samples. Reads no arrays, but all samples.",
     )
     inspect.add_argument(
         "path",
         metavar="CHECKPOINT_OR_AUDIO",
-        help="a run's folder or its checkpoints folder, for the newest step; the folder of one step; a Whisper's "
-        "folder or .pt file; or an audio file",
+        help="a run's folder or its checkpoints folder, for the newest step; the folder of one step; a folder or "
+        "file of a Whisper or a codec; or an audio file",
     )
     inspect.set_defaults(run=_inspect, on_cpu=True)
 
@@ -79,8 +84,16 @@ def add_parsers(commands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    from jaxaudio.convert.codec import convert_codec, is_codec
     from jaxaudio.convert.whisper import convert_whisper
 
+    if is_codec(arguments.source):
+        if arguments.tokenizer is not None:
+            raise ValueError(f"--tokenizer {arguments.tokenizer}: {arguments.source} is a codec, which has none")
+        layout, overwrite = arguments.format, arguments.overwrite
+        done = convert_codec(arguments.source, arguments.destination, layout=layout, overwrite=overwrite)
+        print(f"{done.destination}: {done.kind}, from the {done.source_layout} to the {done.layout} layout")
+        return
     done = convert_whisper(
         arguments.source,
         arguments.destination,
@@ -106,6 +119,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder; expected a checkpoint or an audio file")
     is_run = (path / "checkpoints").is_dir() or (path / "state").is_dir()
+    if not is_run and (path.is_dir() or path.suffix in _CODEC_SUFFIXES) and _inspect_codec(path):
+        return
     if path.suffix == ".pt" or ((path / "config.json").is_file() and not is_run):
         _inspect_whisper(path)
     elif path.is_dir():
@@ -126,6 +141,31 @@ def _inspect_checkpoint(path: pathlib.Path) -> None:
     print(f"steps       {', '.join(map(str, summary.steps))}")
     print(f"versions    {', '.join(f'{name} {version}' for name, version in summary.versions.items())}")
     print(f"config      {json.dumps(summary.config, indent=2)}")
+
+
+def _inspect_codec(path: pathlib.Path) -> bool:
+    """Whether it is one."""
+    from jaxaudio.convert.codec import is_codec, read_codec
+
+    if not is_codec(path):
+        return False
+    codec = read_codec(path.absolute())
+    config = codec.config
+    rows = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in codec.tensors.items()}
+    _print_arrays(rows)
+    for part in (*dict.fromkeys(name.split("/")[0] for name in rows), ""):
+        size = sum(math.prod(shape) for name, (shape, _) in rows.items() if not part or name.split("/")[0] == part)
+        print(f"{part or 'total':{_path_width(rows)}}  {'':20}  {'':9}  {size:13,}")
+    kbps = math.log2(config.codebook_size) * config.frame_rate / 1000
+    print(f"\nlayout      {codec.layout}")
+    print(f"kind        {codec.kind}")
+    print(f"name        {codec.name}")
+    print(f"audio       {config.sample_rate} Hz, {config.channels} channel{'s' * (config.channels > 1)}")
+    print(f"frames      {config.frame_rate:g} a second, of {config.hop_length} samples")
+    print(f"codes       {config.num_codebooks} of {config.codebook_size} a frame, {kbps:g} kbps each")
+    print(f"bandwidths  {', '.join(f'{value:g}' for value in config.bandwidths) or 'any number of codes'}")
+    print(f"config      {json.dumps(dataclasses.asdict(config), indent=2)}")
+    return True
 
 
 def _inspect_whisper(path: pathlib.Path) -> None:

@@ -22,8 +22,20 @@ from jaxaudio.nn.seanet import fold_weight_norm
 
 __all__ = [
     "CodecCheckpoint", "CodecConversion", "ConvertError", "convert_codec", "find_codec", "is_codec", "load_codec",
-    "save_codec",
+    "read_codec", "save_codec",
 ]  # fmt: skip
+
+# Of the published models, by the names of their configs.
+REPOSITORIES = {
+    "encodec_24khz": "facebook/encodec_24khz",
+    "encodec_48khz": "facebook/encodec_48khz",
+    "encodec_32khz": "facebook/encodec_32khz",
+    "encodec_16khz": "facebook/audiogen-medium",
+    "dac_44khz": "descript/dac_44khz",
+    "dac_24khz": "descript/dac_24khz",
+    "dac_16khz": "descript/dac_16khz",
+    "mimi": "kyutai/mimi",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +73,8 @@ def load_codec(source: str | os.PathLike, *, kind: Kind | None = None) -> CodecC
     Args:
       source: a folder as HuggingFace publishes it; a file as its authors do, which are Meta's `encodec_*.th` and
         audiocraft's `compression_state_dict.bin`, Descript's `weights*.pth` and Kyutai's `tokenizer-*.safetensors`; a
-        folder with one of these; a folder of ours; or an id on the HuggingFace Hub such as "facebook/encodec_24khz".
-        Only .th, .bin and .pth need torch.
+        folder with one of these; a folder of ours; an id on the HuggingFace Hub such as "facebook/encodec_24khz"; or a
+        name of `REPOSITORIES` such as "mimi". Only .th, .bin and .pth need torch.
       kind: what it must be; anything if None.
     Raises:
       ConvertError: there is no such checkpoint; its config and its tensors do not agree (missing, unexpected and
@@ -126,12 +138,14 @@ def convert_codec(
 
 
 def is_codec(source: str | os.PathLike) -> bool:
-    """Whether a path or hub id is one of a codec, as far as its config or its file's name tells."""
+    """Whether a path, hub id or name is one of a codec, as far as its config or its file's name tells."""
     path = pathlib.Path(source)
+    if not path.exists() and os.fspath(source) in REPOSITORIES:
+        return True
     if path.is_file():
         return path.suffix in (".th", ".pth", ".bin", ".safetensors")
     if not path.exists():
-        if not _is_id(source):
+        if not _is_id(os.fspath(source)):
             return False
         path = fetch_folder(os.fspath(source), ["config.json"])
     values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -141,7 +155,7 @@ def is_codec(source: str | os.PathLike) -> bool:
 
 
 def find_codec(source: str | os.PathLike) -> pathlib.Path:
-    """The local path of a path or hub id, of which only the files of a codec are downloaded.
+    """The local path of a path, hub id or name, of which only the files of a codec are downloaded.
 
     Raises:
       ConvertError: it is neither, or cannot be had.
@@ -149,9 +163,12 @@ def find_codec(source: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(source)
     if path.exists():
         return path.absolute()
-    name = os.fspath(source)
-    if not _is_id(source):
-        raise ConvertError(f"{name!r} is no file or folder, and no id on the HuggingFace Hub (organisation/name)")
+    name = REPOSITORIES.get(os.fspath(source), os.fspath(source))
+    if not _is_id(name):
+        raise ConvertError(
+            f"{name!r} is no file or folder, no id on the HuggingFace Hub (organisation/name), and no published codec; "
+            f"these are {', '.join(REPOSITORIES)}"
+        )
     config = fetch_folder(name, ["config.json"]) / "config.json"
     values = read_json(config) if config.is_file() else {}
     # A repository of a language model may hold a codec beside weights that are many times larger.
@@ -161,8 +178,8 @@ def find_codec(source: str | os.PathLike) -> pathlib.Path:
     return fetch_folder(name, ["config.json", "mimi_config.json", *(ours or ORIGINAL_FILES)])
 
 
-def _is_id(source: str | os.PathLike) -> bool:
-    return isinstance(source, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source))
+def _is_id(source: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
 
 def _plain(tree: Any) -> Any:
