@@ -115,7 +115,7 @@ class ResidualVectorQuantizer(nn.Module):
 
             zeros = jnp.zeros((codes.shape[0], codes.shape[2], self.config.embed_dim), jnp.float32)
             return lax.scan(level, zeros, (self._levels(codes.shape[1]), codes.transpose(1, 0, 2)))[0]
-        return self._restored(dequantize(codes, self.codebooks[: codes.shape[1]]))
+        return self._restored(dequantize(codes, self.codebooks))
 
     def __call__(self, latents: jax.Array, num_levels: jax.Array) -> Quantized:
         """Quantizes for training.

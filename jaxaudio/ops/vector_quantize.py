@@ -48,7 +48,7 @@ def residual_codes(x: Float[Array, "B T E"], codebooks: Float[Array, "Q C E"]) -
     return codes.transpose(1, 0, 2)
 
 
-def dequantize(codes: Int[Array, "B Q T"], codebooks: Float[Array, "Q C E"]) -> Float[Array, "B T E"]:
+def dequantize(codes: Int[Array, "B Q T"], codebooks: Float[Array, "levels C E"]) -> Float[Array, "B T E"]:
     """The sum over levels of the vectors that codes (of the first Q codebooks) stand for."""
     levels = jax.vmap(lambda codebook, codes: codebook[codes], in_axes=(0, 1), out_axes=1)
     return jnp.sum(levels(codebooks[: codes.shape[1]], codes), axis=1)
