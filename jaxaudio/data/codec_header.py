@@ -13,7 +13,7 @@ from typing import Any
 
 MAX_PAYLOAD = 1 << 20
 """Bytes of a chunk's codes; a header that would need more is refused before anything is allocated."""
-MAX_SAMPLES = 1 << 40
+MAX_SAMPLES = 1 << 36  # a month at 24 kHz
 
 _MAGIC, _VERSION = b"JACF", 1
 _FIXED = struct.Struct("<4sHH")
@@ -42,6 +42,7 @@ class CodecHeader:
     Attributes:
       codec: name of the codec that made the codes.
       config_hash: of its config.
+      codebooks_hash: of the codebooks that codes point into, which differ between trainings of one config.
       sample_rate: of the waveform, in Hz.
       channels: of the waveform.
       num_codebooks: of each frame.
@@ -59,6 +60,7 @@ class CodecHeader:
 
     codec: str
     config_hash: str
+    codebooks_hash: str
     sample_rate: int
     channels: int
     num_codebooks: int
@@ -118,7 +120,7 @@ def check_header(header: CodecHeader) -> None:
 
 def _check_fields(fields: dict[str, Any]) -> None:
     """Each by itself."""
-    for name in ("codec", "config_hash", "entropy", "entropy_hash"):
+    for name in ("codec", "config_hash", "codebooks_hash", "entropy", "entropy_hash"):
         value = fields[name]
         is_absent = value is None and name.startswith("entropy")
         if not is_absent and not (isinstance(value, str) and 0 < len(value) <= 200):

@@ -22,8 +22,8 @@ MEASURED = 50  # memory is measured for one input of so many, which takes longer
 MAX_PEAK = 400_000  # bytes; the files have under 1500
 
 HEADER = CodecHeader(
-    codec="tiny", config_hash="00ff", sample_rate=1000, channels=1, num_codebooks=2, codebook_size=1000,
-    frame_rate=50.0, chunk_frames=6, chunk_samples=120,
+    codec="tiny", config_hash="00ff", codebooks_hash="ab", sample_rate=1000, channels=1,
+    num_codebooks=2, codebook_size=1000, frame_rate=50.0, chunk_frames=6, chunk_samples=120,
 )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from jaxaudio.data.codec_files import (
 from jaxaudio.data.codec_header import header_bytes
 
 HEADER = CodecHeader(
-    codec="tiny", config_hash="00ff", sample_rate=1000, channels=1, num_codebooks=3, codebook_size=100,
-    frame_rate=50.0, chunk_frames=8, chunk_samples=160,
+    codec="tiny", config_hash="00ff", codebooks_hash="ab", sample_rate=1000, channels=1,
+    num_codebooks=3, codebook_size=100, frame_rate=50.0, chunk_frames=8, chunk_samples=160,
 )  # fmt: skip
 
 
