@@ -80,7 +80,7 @@ def load_codec(source: str | os.PathLike, *, kind: Kind | None = None) -> CodecC
       ConvertError: there is no such checkpoint; its config and its tensors do not agree (missing, unexpected and
         misshapen tensors are named); it is of another kind; or a file is damaged.
     """
-    file = read_codec(find_codec(source))
+    file = read_codec(find_codec(source), _name(source))
     if kind not in (None, file.kind):
         raise ConvertError(f"{file.path} is of kind {file.kind!r}, expected {kind!r}")
     return CodecCheckpoint(file.kind, file.config, codec_tensors.to_tree(file.tensors), file.name)
@@ -127,7 +127,7 @@ def convert_codec(
       ConvertError: as `load_codec`; the destination exists; or transformers has no such model.
     """
     destination = pathlib.Path(destination).absolute()
-    file = read_codec(find_codec(source))
+    file = read_codec(find_codec(source), _name(source))
     layout = layout or ("hf" if file.layout == "jaxaudio" else "jaxaudio")
     if layout not in ("hf", "jaxaudio"):
         raise ConvertError(f"layout is {layout!r}, expected 'hf' or 'jaxaudio'")
@@ -176,6 +176,11 @@ def find_codec(source: str | os.PathLike) -> pathlib.Path:
         return fetch_folder(name, ["config.json", *SAFETENSORS_FILES], fallback=TORCH_FILES)
     ours = [PARAMETERS] if "kind" in values else []
     return fetch_folder(name, ["config.json", "mimi_config.json", *(ours or ORIGINAL_FILES)])
+
+
+def _name(source: str | os.PathLike) -> str | None:
+    """What a hub id calls the model; its files lie in a folder that is named after a commit."""
+    return None if pathlib.Path(source).exists() else os.fspath(source).rpartition("/")[2]
 
 
 def _is_id(source: str) -> bool:

@@ -21,6 +21,7 @@ from jaxaudio.convert.codec_tensors import Parameter, Tensors
 from jaxaudio.convert.folders import PARAMETERS, read_hf_tensors, read_json
 from jaxaudio.convert.tensors import ConvertError, StoredTensor, read_safetensors
 from jaxaudio.convert.torch_files import read_torch, stored_tensors
+from jaxaudio.convert.upstream_config import one_of
 from jaxaudio.models import dac, encodec, mimi, soundstream
 from jaxaudio.nn.codec import CodecConfig
 
@@ -62,12 +63,20 @@ class CodecFile:
     name: str
 
 
-def read_codec(path: pathlib.Path) -> CodecFile:
+def read_codec(path: pathlib.Path, name: str | None = None) -> CodecFile:
     """Finds out what kind of checkpoint `path` is, and compares its tensors with its config; reads no large tensor.
 
+    Args:
+      path: a folder or file.
+      name: what to call it if it has the sizes of no published model and says nothing; the path's own name if None.
     Raises:
       ConvertError: no checkpoint of a codec, or one whose config and tensors are not those of one codec.
     """
+    file = _read(path)
+    return dataclasses.replace(file, name=file.name or name or (path.stem if path.is_file() else path.name))
+
+
+def _read(path: pathlib.Path) -> CodecFile:
     if path.is_file():
         return _read_file(path)
     values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -107,23 +116,25 @@ def _shapes(kind: Kind, config: CodecConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _to_ours(
-    path: pathlib.Path, layout: Layout, kind: Kind, config: CodecConfig, tensors: Tensors, name: str | None = None
+    path: pathlib.Path, layout: Layout, kind: Kind, config: CodecConfig, tensors: Tensors, name: str = ""
 ) -> CodecFile:
     expected = parameters(kind, config, layout)
     codec_tensors.check(expected, tensors, str(path))
     ours = {parameter.path: parameter.from_upstream(tensors) for parameter in expected}
     published = [preset for preset, values in MODELS[kind][2].items() if values == config]
-    return CodecFile(path, layout, kind, config, ours, name or (published or [path.stem])[0])
+    return CodecFile(path, layout, kind, config, ours, name or (published or [""])[0])
 
 
 def _read_ours(folder: pathlib.Path, values: Mapping[str, Any]) -> CodecFile:
     where = folder / "config.json"
-    kind = codec_tensors.one_of({name: name for name in MODELS}, "kind", values["kind"], str(where))
+    kind = one_of({name: name for name in MODELS}, "kind", values["kind"], str(where))
     try:
         config = from_dict(MODELS[kind][0], values["config"])
     except (ConfigError, KeyError) as error:
         raise ConvertError(f"{where}: config: {error}") from error
-    return _to_ours(folder, "jaxaudio", kind, config, read_safetensors(folder / PARAMETERS), values.get("name"))
+    return _to_ours(
+        folder, "jaxaudio", kind, config, read_safetensors(folder / PARAMETERS), str(values.get("name") or "")
+    )
 
 
 def _read_hf(folder: pathlib.Path, values: Mapping[str, Any]) -> CodecFile:

@@ -112,8 +112,20 @@ def fold_weight_norm(tensors: Tensors, where: str) -> dict[str, StoredTensor]:
         (name, g), (_, v) = pair["g"], pair["v"]
         if g.shape != (*v.shape[:1], *[1] * (len(v.shape) - 1)):
             raise ConvertError(f"{where}: {name} has shape {g.shape}, expected one norm for each of {v.shape[:1]} rows")
-        folded[f"{module}.weight"] = StoredTensor(v.shape, v.dtype, lambda g=g, v=v: weight_of(g.read(), v.read()))
+        weight = StoredTensor(v.shape, v.dtype, lambda g=g, v=v: weight_of(g.read(), v.read()))
+        put(folded, f"{module}.weight", weight, where)
     return folded
+
+
+def put(tensors: dict[str, StoredTensor], name: str, tensor: StoredTensor, where: str) -> None:
+    """Adds what was made from several tensors of a file.
+
+    Raises:
+      ConvertError: the file has it, too.
+    """
+    if name in tensors:
+        raise ConvertError(f"{where}: {name} is there twice, as one tensor and as others that make it")
+    tensors[name] = tensor
 
 
 def split_weight_norm(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,47 +168,6 @@ def check(parameters: Iterable[Parameter], tensors: Tensors, where: str) -> None
         raise ConvertError(
             "\n  ".join([f"{where} does not hold the codec that its config describes:", *problems[:12], *more])
         )
-
-
-def fields(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Of a config upstream the values that we need, each of its default's type; a default None is an absent number.
-
-    Raises:
-      ConvertError: a value of another type.
-    """
-    found = {name: values.get(name, default) for name, default in defaults.items()}
-    for name, default in defaults.items():
-        number = (int, float) if isinstance(default, float | None) else (type(default),)
-        types = (*number, type(default), *((tuple,) if isinstance(default, list) else ()))
-        if type(found[name]) not in types:
-            expected = "a number or nothing" if default is None else f"a {type(default).__name__} such as {default!r}"
-            raise ConvertError(f"{where}: {name} is {found[name]!r}, expected {expected}")
-    return found
-
-
-def require(values: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compares what a config upstream says with the one thing that ours can be.
-
-    Raises:
-      ConvertError: another value.
-    """
-    for name, value in expected.items():
-        if values.get(name, value) != value:
-            raise ConvertError(f"{where}: {name} is {values[name]!r}, but our codecs have {value!r}")
-
-
-PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "edge"}
-
-
-def one_of(choices: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
-    """What is ours of a value upstream.
-
-    Raises:
-      ConvertError: it has nothing here; the message lists what has.
-    """
-    if value not in choices:
-        raise ConvertError(f"{where}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return choices[value]
 
 
 def to_tree(tensors: Tensors) -> dict[str, Any]:

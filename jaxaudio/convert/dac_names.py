@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxaudio.convert.codec_tensors import Names, Tensors, fields, fold_weight_norm, require
+from jaxaudio.convert.codec_tensors import Names, Tensors, fold_weight_norm
 from jaxaudio.convert.tensors import ConvertError, StoredTensor
+from jaxaudio.convert.upstream_config import fields, require
 from jaxaudio.models.dac import PRESETS, DACConfig
 
 # HuggingFace's fields with their defaults there, and Descript's arguments for the same.
@@ -34,6 +35,8 @@ _ARGUMENTS = {
 
 # Of a residual unit: (Descript's, HuggingFace's).
 _UNIT = {"snake_1": ("0", "snake1"), "conv_1": ("1", "conv1"), "snake_2": ("2", "snake2"), "conv_2": ("3", "conv2")}
+# Of a stage: HuggingFace's.
+_STAGE = {"snake": "snake1", "down": "conv1", "up": "conv_t1"}
 # Behind the stages, as an offset to their number.
 _LAST = {"snake": (1, "snake1"), "conv_out": (2, "conv2")}
 _LEAVES = {"kernel": "weight", "bias": "bias", "alpha": "alpha"}
@@ -70,7 +73,7 @@ def _hf_module(part: str, modules: list[str]) -> str:
     stage = f"{part}.block.{modules[0].removeprefix('stage_')}"
     if modules[1].startswith("unit_"):
         return f"{stage}.res_unit{int(modules[1].removeprefix('unit_')) + 1}.{_UNIT[modules[2]][1]}"
-    return f"{stage}.{ {'snake': 'snake1', 'down': 'conv1', 'up': 'conv_t1'}[modules[1]] }"
+    return f"{stage}.{_STAGE[modules[1]]}"
 
 
 def _descript_module(part: str, modules: list[str], shapes: Mapping[str, Any]) -> str:
@@ -147,13 +150,11 @@ def read_arguments(arguments: Mapping[str, Any], where: str) -> DACConfig:
 
 
 def hf_config(config: DACConfig) -> dict[str, Any]:
-    """HuggingFace's config and its front-end's.
-
-    Raises:
-      ConvertError: transformers' DacModel cannot be this net.
-    """
+    """HuggingFace's config."""
     seanet, rvq = config.seanet, config.rvq
-    values = {
+    return {
+        "architectures": ["DacModel"],
+        "model_type": "dac",
         "encoder_hidden_size": seanet.num_filters,
         "downsampling_ratios": list(seanet.strides),
         "decoder_hidden_size": (seanet.decoder_filters or seanet.num_filters) * 2 ** len(seanet.strides),
@@ -161,11 +162,6 @@ def hf_config(config: DACConfig) -> dict[str, Any]:
         "codebook_size": rvq.codebook_size,
         "codebook_dim": rvq.codebook_dim,
         "sampling_rate": config.sample_rate,
-    }
-    return {
-        "architectures": ["DacModel"],
-        "model_type": "dac",
-        **values,
         "upsampling_ratios": list(seanet.strides[::-1]),
         "hidden_size": seanet.embed_dim,
         "hop_length": config.hop_length,

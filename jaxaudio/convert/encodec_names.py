@@ -5,6 +5,7 @@ A file of `encodec` is the bare tensors by name; one of `audiocraft` holds them 
 "xp.cfg". Their names are the same.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,18 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxaudio.convert.codec_tensors import (
-    PAD_MODES,
-    Names,
-    Tensors,
-    fields,
-    fold_weight_norm,
-    in_memory,
-    one_of,
-    require,
-    split_weight_norm,
-)
+from jaxaudio.convert.codec_tensors import Names, Tensors, fold_weight_norm, in_memory, put, split_weight_norm
 from jaxaudio.convert.tensors import ConvertError, StoredTensor
+from jaxaudio.convert.upstream_config import fields, one_of, require
 from jaxaudio.models.encodec import PRESETS, EnCodecConfig
 from jaxaudio.nn.rvq import RVQConfig
 from jaxaudio.nn.seanet import SEANetConfig
@@ -55,6 +47,7 @@ _FIELDS = SEANET_FIELDS | {
     "codebook_size": 1024,
     "codebook_dim": None,
 }
+_PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "edge"}
 _NORMS = {"weight_norm": "none", "time_group_norm": "group"}
 # HuggingFace's fields as the arguments of the SEANets of Meta and of Kyutai.
 SEANET_ARGUMENTS = {
@@ -134,20 +127,20 @@ def fold(tensors: Tensors, where: str) -> dict[str, StoredTensor]:
     Raises:
       ConvertError: a half of a weight or bias is missing, or a codebook was never begun.
     """
-    folded = {}
+    folded, biases = {}, {}
     for name, tensor in fold_weight_norm(tensors, where).items():
-        statistic = _STATISTICS.fullmatch(name)
-        if statistic and statistic[2] == "inited" and not tensor.read().all():
-            raise ConvertError(f"{where}: {name} is {tensor.read()}: this codebook was never trained")
-        bias = re.fullmatch(r"(.+\.lstm\.bias)_(ih|hh)(_l\d+)", name)
-        if bias:
-            other = tensors.get(f"{bias[1]}_{'hh' if bias[2] == 'ih' else 'ih'}{bias[3]}")
-            if other is None or other.shape != tensor.shape:
-                found = "no other bias" if other is None else f"another of shape {other.shape}"
-                raise ConvertError(f"{where}: {name} of shape {tensor.shape} comes with {found}; expected a pair")
-            name, tensor = f"{bias[1]}{bias[3]}", _sum(tensor, other)
-        if not statistic:
+        if statistic := _STATISTICS.fullmatch(name):
+            if statistic[2] == "inited" and not tensor.read().all():
+                raise ConvertError(f"{where}: {name} is {tensor.read()}: this codebook was never trained")
+        elif bias := re.fullmatch(r"(.+\.lstm\.bias)_(?:ih|hh)(_l\d+)", name):
+            biases.setdefault(bias[1] + bias[2], {})[name] = tensor
+        else:
             folded[name] = tensor
+    for name, pair in biases.items():
+        shapes = {half: tensor.shape for half, tensor in pair.items()}
+        if len(pair) != 2 or len(set(shapes.values())) != 1:
+            raise ConvertError(f"{where}: expected two biases of one shape, bias_ih and bias_hh, got {shapes}")
+        put(folded, name, _sum(*pair.values()), where)
     return folded
 
 
@@ -197,7 +190,7 @@ def seanet_config(found: Mapping[str, Any], where: str, **others: Any) -> SEANet
         compress=found["compress"],
         conv_shortcut=found["use_conv_shortcut"],
         causal=found["use_causal_conv"],
-        pad_mode=one_of(PAD_MODES, "pad_mode", found["pad_mode"], where),
+        pad_mode=one_of(_PAD_MODES, "pad_mode", found["pad_mode"], where),
         **others,
     )
 
@@ -214,7 +207,7 @@ def seanet_fields(config: SEANetConfig) -> dict[str, Any]:
         "residual_kernel_size": config.residual_kernel_size,
         "dilation_growth_rate": config.dilations[1] if len(config.dilations) > 1 else 2,
         "use_causal_conv": config.causal,
-        "pad_mode": next(hf for hf, ours in PAD_MODES.items() if ours == config.pad_mode),
+        "pad_mode": next(hf for hf, ours in _PAD_MODES.items() if ours == config.pad_mode),
         "compress": config.compress,
         "hidden_size": config.embed_dim,
         "use_conv_shortcut": config.conv_shortcut,
@@ -247,13 +240,11 @@ def read_config(values: Mapping[str, Any], where: str) -> EnCodecConfig:
 
 def hf_config(config: EnCodecConfig) -> dict[str, Any]:
     """HuggingFace's config."""
-    bits = math.ceil(math.log2(config.codebook_size))
-    all_kbps = config.num_codebooks * bits * math.ceil(config.sample_rate / config.hop_length) / 1000
     return {
         "architectures": ["EncodecModel"],
         "model_type": "encodec",
         **seanet_fields(config.seanet),
-        "target_bandwidths": list(config.bandwidths) or [all_kbps],
+        "target_bandwidths": list(config.bandwidths) or [_kbps(config)],
         "sampling_rate": config.sample_rate,
         "normalize": config.segment_s is not None,
         "chunk_length_s": config.segment_s,
@@ -263,6 +254,13 @@ def hf_config(config: EnCodecConfig) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "codebook_dim": config.rvq.codebook_dim,
     }
+
+
+def _kbps(config: EnCodecConfig) -> float:
+    """Of all codebooks, so that transformers finds as many in it."""
+    level = math.ceil(math.log2(config.codebook_size)) * math.ceil(config.sample_rate / config.hop_length)
+    kbps = config.num_codebooks * level / 1000
+    return kbps if 1000 * kbps // level == config.num_codebooks else math.nextafter(kbps, math.inf)
 
 
 def guess_config(tensors: Tensors) -> EnCodecConfig:
@@ -288,6 +286,6 @@ def read_run(run: Mapping[str, Any], where: str) -> EnCodecConfig:
     values = {hf: net[name] for hf, name in SEANET_ARGUMENTS.items() if name in net}
     values |= {"use_conv_shortcut": not net.get("true_skip", True), "num_lstm_layers": net.get("lstm", 0)}
     values |= {"norm_type": net.get("norm", "weight_norm"), "sampling_rate": run["sample_rate"]}
-    strides, size = net.get("ratios", [8, 5, 4, 2]), rvq.get("bins", 1024)
-    kbps = rvq["n_q"] * math.ceil(math.log2(size)) * math.ceil(run["sample_rate"] / math.prod(strides)) / 1000
-    return read_config(values | {"codebook_size": size, "target_bandwidths": [kbps]}, where)
+    config = read_config(values | {"codebook_size": rvq.get("bins", 1024)}, where)
+    config = dataclasses.replace(config, rvq=dataclasses.replace(config.rvq, num_codebooks=rvq["n_q"]))
+    return dataclasses.replace(config, bandwidths=(_kbps(config),))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxaudio.convert.codec_tensors import Names, Tensors, fields, fold_weight_norm, in_memory, require
+from jaxaudio.convert.codec_tensors import Names, Tensors, fold_weight_norm, in_memory, put
 from jaxaudio.convert.encodec_names import (
     SEANET_ARGUMENTS,
     SEANET_FIELDS,
@@ -20,6 +20,7 @@ from jaxaudio.convert.encodec_names import (
     seanet_names,
 )
 from jaxaudio.convert.tensors import ConvertError, StoredTensor
+from jaxaudio.convert.upstream_config import fields, require
 from jaxaudio.models.mimi import PRESETS, MimiConfig
 from jaxaudio.nn.rvq import RVQConfig
 
@@ -130,13 +131,12 @@ def fold(tensors: Tensors, where: str, num_heads: int) -> dict[str, StoredTensor
     for name, tensor in fold_weight_norm(tensors, where).items():
         attention = re.fullmatch(r"(.+\.self_attn\.)(in_proj|out_proj)(?:_weight|\.weight|s\.0\.weight)", name)
         if match := _STATISTIC.fullmatch(name):
-            codebooks.setdefault(match[1], {})[match.lastgroup] = tensor
+            put(codebooks.setdefault(match[1], {}), match.lastgroup, tensor, f"{where}: {match[1]}")
         elif attention and attention[2] == "in_proj":
-            folded |= _split_attention(attention[1], tensor, num_heads, f"{where}: {name}")
-        elif attention:
-            folded[f"{attention[1]}out_proj.weight"] = tensor
+            for part, rows in _split_attention(attention[1], tensor, num_heads, f"{where}: {name}").items():
+                put(folded, part, rows, where)
         else:
-            folded[name] = tensor
+            put(folded, f"{attention[1]}out_proj.weight" if attention else name, tensor, where)
     for codebook, parts in codebooks.items():
         missing = {"sum", "count"} - parts.keys()
         if missing or parts["count"].shape != parts["sum"].shape[:1]:
@@ -144,7 +144,7 @@ def fold(tensors: Tensors, where: str, num_heads: int) -> dict[str, StoredTensor
             raise ConvertError(f"{where}: {codebook} has {found}, expected the sums of its vectors and their counts")
         if "begun" in parts and not parts["begun"].read().all():
             raise ConvertError(f"{where}: {codebook} was never trained, it says")
-        folded[f"{codebook}.embed"] = _quotient(parts["sum"], parts["count"])
+        put(folded, f"{codebook}.embed", _quotient(parts["sum"], parts["count"]), where)
     return folded
 
 

@@ -173,6 +173,7 @@ def test_names_of_encodec_are_the_tables(tmp_path):
     torch.save(content, tmp_path / "compression_state_dict.bin")
     original = load_codec(tmp_path / "compression_state_dict.bin")
     bandwidths = (4 * 4 * 1067 / 1000,)
+    assert original.name == "compression_state_dict"
     assert original.config == dataclasses.replace(checkpoint.config, bandwidths=bandwidths)
     assert_equal_trees(original.params, checkpoint.params)
 
@@ -272,6 +273,7 @@ def edited(source: pathlib.Path, folder: pathlib.Path, config: dict, edit) -> pa
 
 BIAS = "encoder.layers.0.conv.bias"
 G, V = (f"encoder.layers.0.conv.parametrizations.weight.original{half}" for half in "01")
+WEIGHT = "encoder.layers.0.conv.weight"
 EMBED = "quantizer.layers.2.codebook"
 
 
@@ -294,9 +296,10 @@ EMBED = "quantizer.layers.2.codebook"
             lambda t: t.update({G: torch.zeros(1, 1, 7)}),
             rf"{G} has shape \(1, 1, 7\), expected one norm",
         ),
+        ("encodec", {}, lambda t: t.update({WEIGHT: torch.zeros(4, 1, 7)}), f"{WEIGHT} is there twice, as one tensor"),
         ("encodec", {}, lambda t: t[f"{EMBED}.inited"].zero_(), f"{EMBED}.inited .* was never trained"),
         ("encodec", {}, lambda t: t.pop(f"{EMBED}.embed"), f"{EMBED}.embed is missing"),
-        ("encodec", {}, lambda t: t.pop("encoder.layers.10.lstm.bias_hh_l1"), "bias_ih_l1 .* comes with no other bias"),
+        ("encodec", {}, lambda t: t.pop("encoder.layers.10.lstm.bias_hh_l1"), "expected two biases .*lstm.bias_ih_l1"),
         ("encodec", {"num_filters": 6}, lambda t: None, r"conv.weight has shape \(32, 12, 7\), expected \(48, 12, 7\)"),
         ("encodec", {"num_filters": "6"}, lambda t: None, "num_filters is '6', expected a int such as 32"),
         ("encodec", {"pad_mode": "circular"}, lambda t: None, "pad_mode is 'circular', expected one of 'constant'"),
@@ -379,7 +382,8 @@ def test_hub_ids_fetch_only_the_codec(hf_folders, tmp_path, monkeypatch):
         return {"facebook/encodec_24khz": hf_folders["encodec"], "kyutai/moshiko": tmp_path}[repository]
 
     monkeypatch.setattr(codec_module, "fetch_folder", fetch)
-    assert load_codec("facebook/encodec_24khz").kind == "encodec"
+    loaded = load_codec("facebook/encodec_24khz")
+    assert (loaded.kind, loaded.name) == ("encodec", "encodec_24khz")
     assert asked[0] == ("facebook/encodec_24khz", ["config.json"])
     assert {"model.safetensors", "pytorch_model.bin"} <= set(asked[1][1])
     (tmp_path / "config.json").write_text('{"model_type": "moshi"}')
