@@ -25,10 +25,14 @@ def manifest(tmp_path):
     return str(tmp_path / "list.jsonl")
 
 
+def run(*arguments):
+    return cli.main(["tokenize", *arguments, "--compilation_cache", "None"])
+
+
 @pytest.mark.parametrize(("rate", "num_codebooks"), [([], 4), (["--kbps", "3.2"], 2), (["--num_codebooks", "3"], 3)])
 def test_a_list_becomes_a_dataset(codec, manifest, tmp_path, capsys, rate, num_codebooks):
     out = str(tmp_path / "out")
-    assert cli.main(["tokenize", manifest, out, "--codec", codec, "--batch_size", "3", *rate]) == 0
+    assert run(manifest, out, "--codec", codec, "--batch_size", "3", *rate) == 0
     printed = capsys.readouterr().out
     assert f"{num_codebooks} codebooks of tiny, 0.2 s encoded now" in printed
     assert "3 clips, 90 frames, 0 failed" in printed
@@ -36,16 +40,16 @@ def test_a_list_becomes_a_dataset(codec, manifest, tmp_path, capsys, rate, num_c
     assert [clip.codes.shape for clip in dataset] == [(num_codebooks, frames) for frames in (41, 17, 32)]
     assert dataset[1].utterance == Utterance("1.wav", text="text", id="id 1")
 
-    assert cli.main(["tokenize", manifest, out, "--codec", codec, *rate]) == 0
+    assert run(manifest, out, "--codec", codec, *rate) == 0
     assert "0.0 s encoded now" in capsys.readouterr().out
-    assert cli.main(["tokenize", manifest, out, "--codec", codec, "--num_codebooks", "1"]) == 1
+    assert run(manifest, out, "--codec", codec, "--num_codebooks", "1") == 1
     assert f"num_codebooks {num_codebooks} there, 1 now" in capsys.readouterr().err
 
 
 def test_what_fails_is_reported_and_the_others_go_on(codec, manifest, tmp_path, capsys):
     (tmp_path / "1.wav").write_bytes(b"no audio at all")
-    command = ["tokenize", manifest, str(tmp_path / "out"), "--codec", codec, "--clips_per_shard", "2"]
-    assert cli.main(command) == 1
+    command = [manifest, str(tmp_path / "out"), "--codec", codec, "--clips_per_shard", "2"]
+    assert run(*command) == 1
     captured = capsys.readouterr()
     assert captured.err.count("jaxaudio tokenize: ") == 1
     assert "1.wav" in captured.err
@@ -55,10 +59,10 @@ def test_what_fails_is_reported_and_the_others_go_on(codec, manifest, tmp_path, 
 
 
 def test_processes_share_the_shards(codec, manifest, tmp_path, capsys):
-    command = ["tokenize", manifest, str(tmp_path / "out"), "--codec", codec, "--clips_per_shard", "1"]
-    assert cli.main([*command, "--process_index", "0", "--process_count", "2"]) == 0
+    command = [manifest, str(tmp_path / "out"), "--codec", codec, "--clips_per_shard", "1"]
+    assert run(*command, "--process_index", "0", "--process_count", "2") == 0
     assert "the shards of other processes are missing" in capsys.readouterr().out
-    assert cli.main([*command, "--process_index", "1", "--process_count", "2"]) == 0
+    assert run(*command, "--process_index", "1", "--process_count", "2") == 0
     assert "3 clips, 90 frames" in capsys.readouterr().out
 
 
@@ -70,7 +74,7 @@ def test_bad_requests_end_in_one_line(codec, manifest, tmp_path, capsys):
         (["--codec", codec, "--process_index", "3"], "index=3 of count=1 processes"),
         (["--codec", str(tmp_path)], str(tmp_path)),
     ]:
-        assert cli.main(["tokenize", manifest, out, *options]) == 1
+        assert run(manifest, out, *options) == 1
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

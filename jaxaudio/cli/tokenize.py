@@ -21,7 +21,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("manifest", metavar="MANIFEST", help="list of recordings, one JSON object per line")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--codec", required=True, metavar="DIR_OR_ID", help="a codec's folder, file or hub id")
+    parser.add_argument(
+        "--codec",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="its folder or file, a HuggingFace Hub id, or a published one",
+    )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--kbps", type=float, help="bandwidth (default: all codebooks of the codec)")
     rate.add_argument("--num_codebooks", type=int, help="instead of --kbps")
@@ -29,7 +34,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--process_count", type=int, default=1, help="shares that there are (default: 1)")
     parser.add_argument("--batch_size", type=int, default=8, help="recordings at a time; changes no code (default: 8)")
     parser.add_argument("--clips_per_shard", type=int, default=1000, help="recordings of a shard (default: 1000)")
-    parser.add_argument("--device", choices=sorted(DEVICES), help="where to compute (default: JAX's choice)")
+    parser.add_argument("--device", choices=DEVICES, help="where to compute (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--compilation_cache",
+        type=lambda text: None if text == "None" else text,
+        default=CACHE,
+        metavar="DIR",
+        help=f"keeps compiled programs for the next run (default: {CACHE}); None keeps none",
+    )
     parser.set_defaults(run=_run, on_cpu=False)
 
 
@@ -58,7 +70,10 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             heard_s += clip.num_samples / codec.config.sample_rate
 
-    with compilation_cache(CACHE), tqdm.tqdm(unit=" recordings", disable=None, file=sys.stderr) as bar:
+    with (
+        compilation_cache(arguments.compilation_cache),
+        tqdm.tqdm(unit=" recordings", disable=None, file=sys.stderr) as bar,
+    ):
         manifest = tokenize(
             codec,
             utterances,
