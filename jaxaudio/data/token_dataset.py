@@ -6,7 +6,7 @@
     shard-00000.jsonl  a line for each clip, as in the list of recordings and in its order; clips that failed come last
 
 A shard holds a fixed part of the list, whoever writes it, and is there when its lines are; the manifest is there when
-all shards are. A clip's frames are neighbours on disk, so that a crop reads no more than itself.
+all shards are.
 """
 
 import dataclasses
