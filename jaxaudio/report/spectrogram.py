@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,31 @@ def spectrogram_figure(
     features = log_mel.rows()
     features = (np.maximum(features, features.max() - _RANGE_DB / 10) + 4) / 4
     return _draw(envelope.rows(), level_db, features, (start_s, start_s + num_samples / sample_rate), sample_rate)
+
+
+def compare_spectrograms(waveforms: Mapping[str, np.ndarray], sample_rate: int) -> Figure:
+    """Spectrograms one below the other, with one scale: decibels below the loudest place of the first.
+
+    Args:
+      waveforms: (A,) by title, seconds long rather than minutes; the first is what the others are compared with.
+      sample_rate: in Hz.
+    """
+    figure = Figure(figsize=(9.6, 1.8 * len(waveforms)), layout="constrained")
+    n_fft = 1 << (sample_rate // 40 - 1).bit_length()  # 25 ms, rounded up to a power of two
+    panels = figure.subplots(len(waveforms), 1, squeeze=False)[:, 0]
+    top_db = None
+    for axes, (title, waveform) in zip(panels, waveforms.items(), strict=True):
+        power = power_spectrum(jnp.asarray(waveform)[None], n_fft=n_fft, hop_length=max(1, sample_rate // 100))[0]
+        level_db = 10 * np.log10(np.maximum(power, 1e-12))
+        top_db = level_db.max() if top_db is None else top_db
+        style_axes(axes).grid(visible=False)
+        extent = (0, len(waveform) / sample_rate, 0, sample_rate / 2000)
+        limits = {"vmin": top_db - _RANGE_DB, "vmax": top_db}
+        axes.imshow(level_db.T, origin="lower", aspect="auto", extent=extent, cmap="magma", **limits)
+        axes.set_title(title, loc="left", color=INK, fontsize=9)
+        axes.set_ylabel("kHz")
+    panels[-1].set_xlabel("seconds")
+    return figure
 
 
 @functools.partial(jax.jit, static_argnames=("sample_rate", "num_mels"))

@@ -60,6 +60,7 @@ class AdversarialLosses:
       penalty_weights: of each of the generator's penalties.
       rescale: True rescales gradients so that the weights are parts of the whole (EnCodec's balancer); False takes the
         weights as factors.
+      balancer_decay: of the running averages of gradient norms; less than EnCodec's follows a short training.
 
     Raises:
       ValueError: a loss without a weight or the other way round; the message names them.
@@ -71,6 +72,7 @@ class AdversarialLosses:
     weights: Mapping[str, float]
     penalty_weights: Mapping[str, float]
     rescale: bool
+    balancer_decay: float = 0.999
 
     def __post_init__(self):
         _require_same_names("losses", [*self.reconstruction, *self.adversarial], self.weights)

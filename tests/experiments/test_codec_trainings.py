@@ -1,0 +1,176 @@
+"""Every training of a codec, tiny, on recordings that the test writes: from files to a codec folder and a page."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from experiments import codec_report, codec_training, soundstream_speech
+from jaxaudio import config as configs
+from jaxaudio import sharding
+from jaxaudio.convert.codec import load_codec
+from jaxaudio.data.audio_crops import CropConfig, SourceConfig, SplitConfig
+from jaxaudio.data.recordings import Recording
+from jaxaudio.generate.codec import Codec
+from jaxaudio.models.soundstream import SoundStream
+from jaxaudio.nn.discriminator_config import DiscriminatorConfig, MultiScaleSTFTConfig
+from jaxaudio.ops.metrics import si_snr
+
+STFT = DiscriminatorConfig(multi_scale_stft=MultiScaleSTFTConfig(win_lengths=(64,), features=2, dilations=(1,)))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Twelve recordings of half a second, chirps in noise."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for number in range(12):
+        rng = np.random.default_rng(number)
+        time_s = np.arange(8000) / 16_000
+        waveform = 0.3 * np.sin(2 * np.pi * (200 + 40 * number + 300 * time_s) * time_s) + 0.02 * rng.normal(size=8000)
+        soundfile.write(folder / f"{number:02}.wav", waveform, 16_000, subtype="FLOAT")
+    return folder
+
+
+def tiny(config, data_dir):
+    """The config with nets as small as they can be, for two steps on the test's recordings."""
+    sizes = {"num_filters": 4, "embed_dim": 8, "strides": (4, 8), "dilations": (1,)}
+    rvq = dataclasses.replace(config.model.rvq, num_codebooks=3, codebook_size=16, codebook_dim=8, embed_dim=8)
+    model = dataclasses.replace(config.model, seanet=dataclasses.replace(config.model.seanet, **sizes), rvq=rvq)
+    return dataclasses.replace(
+        config,
+        model=model,
+        discriminator=STFT,
+        spectral_windows=(64,),
+        spectral_mels=(8,),
+        optimizer=dataclasses.replace(config.optimizer, num_steps=2, warmup_steps=1),
+        data_dir=str(data_dir),
+        split=SplitConfig(valid=("0[01]",), test=("0[23]",), valid_rate=0.0, test_rate=0.0),
+        sources=(SourceConfig("", 1.0),),
+        crop=dataclasses.replace(config.crop, num_samples=512),
+        evaluation=codec_training.EvaluationConfig(num_codebooks=(1, 3), crop_s=0.25, batch_size=8, num_examples=1),
+        batch_size=8,
+        num_steps=2,
+        log_every=1,
+        evaluate_every=2,
+        mesh="data:4,fsdp:2",
+    )
+
+
+@pytest.mark.slow
+def test_soundstream_on_speech(data_dir, tmp_path, capsys):
+    config = tiny(soundstream_speech.Config(), data_dir)
+    soundstream_speech.main(config, tmp_path)
+    assert re.search(r"6 kbps: mel distance [\d.]+, SI-SNR -?[\d.]+ dB", capsys.readouterr().out)
+    assert configs.from_json(soundstream_speech.Config, (tmp_path / "config.json").read_text()) == config
+
+    checkpoint = load_codec(tmp_path / "codec", kind="soundstream")
+    assert checkpoint.config == config.model
+    assert checkpoint.params["quantizer"]["codebooks"].any()
+    codec = Codec(checkpoint.name, SoundStream(checkpoint.config), checkpoint.params)
+    assert codec.decode(codec.encode(np.zeros(1000, np.float32))).shape == (1000, 1)
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first = lines[0]
+    shares = [value for name, value in first.items() if name.startswith("train/share/")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert len(shares) == 4
+    assert {f"train/{name}/{level}" for name in ("perplexity", "dead_codes") for level in range(3)} <= set(first)
+    assert {"validation/si_snr/2", "validation/mel_distance/6"} <= set(lines[-1])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio") == 3  # the original and two rates
+    assert page.count("<svg") == 5
+
+    soundstream_speech.main(config, tmp_path)
+    assert "complete: open" in capsys.readouterr().out
+
+
+def test_splits_are_loaded_apart(data_dir):
+    split = SplitConfig(test=("0[23]",), valid_rate=0.3, test_rate=0.0)
+    splits = codec_training.load_splits(data_dir, split, sample_rate=8000, channels=1)
+    names = {name: {recording.name for recording in found} for name, found in splits.items()}
+    assert names["test"] == {"02.wav", "03.wav"}
+    assert not names["train"] & (names["valid"] | names["test"])
+    assert sum(map(len, names.values())) == 12
+    assert codec_training.describe(splits).startswith(f"Recordings: {len(names['train'])} (0.0 minutes) in train, ")
+    with pytest.raises(ValueError, match="in the split 'valid'"):
+        codec_training.load_splits(data_dir, dataclasses.replace(split, valid_rate=0.0), sample_rate=8000, channels=1)
+    soundfile.write(data_dir / "copy.wav", soundfile.read(data_dir / "02.wav")[0], 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"02.wav of test has the samples of copy.wav of train"):
+        codec_training.load_splits(data_dir, dataclasses.replace(split, valid=("00",)), sample_rate=8000, channels=1)
+    (data_dir / "copy.wav").unlink()
+
+
+class Louder:
+    """A codec whose levels make everything louder: level n gives n times the waveform."""
+
+    config = soundstream_speech.MODEL
+
+    def apply(self, variables, waveform, num_levels):
+        return variables["params"] * num_levels[:, None, None] * waveform, None
+
+
+def test_evaluation_by_hand():
+    """Scaling is nothing to SI-SNR, and log10(2) for each mel that is above the floor, over seven windows."""
+    rng = np.random.default_rng(0)
+    waveform = rng.normal(size=(40_000, 1)).astype(np.float32) * 0.3
+    silent = np.zeros((16_000, 1), np.float32)
+    recordings = [Recording("a", waveform, 16_000, 1.0), Recording("silent", silent, 16_000, 0.0)]
+    config = codec_training.EvaluationConfig(num_codebooks=(1, 2), batch_size=8)
+    mesh = sharding.make_mesh("data:-1")
+    evaluate = codec_training.make_evaluate(Louder(), recordings, config, mesh, sharding.DATA)
+    found = evaluate(np.float32(1.0))
+    assert set(found) == {"loss", "si_snr/0.4", "si_snr/0.8", "mel_distance/0.4", "mel_distance/0.8"}
+    assert found["mel_distance/0.4"] == pytest.approx(0, abs=1e-5)
+    assert 6 * np.log10(2) < found["mel_distance/0.8"] <= 7 * np.log10(2) + 1e-5  # empty filters have no difference
+    assert found["loss"] == pytest.approx(found["mel_distance/0.8"] / 2)
+    assert found["si_snr/0.4"] == 100
+    with pytest.raises(ValueError, match="no held-out crop of 1.0 s"):
+        codec_training.make_evaluate(Louder(), recordings[1:], config, mesh, sharding.DATA)
+
+
+def test_measures_of_joined_recordings():
+    rng = np.random.default_rng(1)
+    config = dataclasses.replace(soundstream_speech.MODEL, sample_rate=16_000)
+
+    def pair(name, length, noise):
+        waveform = rng.normal(size=(length, 1)).astype(np.float32)
+        other = waveform + noise * rng.normal(size=waveform.shape).astype(np.float32)
+        return Recording(name, waveform, 16_000, 1.0), {1.0: other, 2.0: waveform}
+
+    coded = [pair("a/1.wav", 3000, 0.1), pair("a/2.wav", 5000, 0.1), pair("b/3.wav", 8000, 0.5)]
+    results = {(r.folder, r.kbps): r for r in codec_report.measure(config, coded, piece_s=0.25)}
+    assert [results[folder, 1.0].num_recordings for folder in ("a", "b", "all")] == [2, 1, 3]
+    assert results["all", 1.0].duration_s == pytest.approx(1.0)
+    snrs = [float(si_snr(x[1.0].T, recording.waveform.T)[0]) for recording, x in coded]
+    assert results["a", 1.0].si_snr == pytest.approx(np.mean(snrs[:2]), abs=1e-3)
+    assert results["all", 1.0].si_snr == pytest.approx(np.mean(snrs), abs=1e-3)
+    assert results["all", 2.0].mel_distance == 0
+    assert 0 < results["a", 1.0].mel_distance < results["all", 1.0].mel_distance < results["b", 1.0].mel_distance
+
+
+def test_test_recordings_are_chosen_evenly():
+    recordings = [Recording(f"d/{i}.wav", np.ones((4000, 1), np.float32), 16_000, 1.0) for i in range(10)]
+    recordings.append(Recording("s/short.wav", np.ones((2000, 1), np.float32), 16_000, 1.0))
+    recordings.append(Recording("s/silent.wav", np.zeros((4000, 1), np.float32), 16_000, 0.0))
+    recordings.append(Recording("s/good.wav", np.ones((4000, 1), np.float32), 16_000, 1.0))
+    assert [r.name for r in codec_report.choose(recordings, 4)] == [*(f"d/{i}.wav" for i in (0, 3, 6, 9)), "s/good.wav"]
+    assert len(codec_report.choose(recordings, 20)) == 11
+
+
+def test_codes_without_gradients_are_counted():
+    codes = jax.numpy.asarray([[[0, 0, 1, 1]], [[0, 0, 1, 1]]])
+    params, state, metrics = codec_training.count_codes(8)({"a": 1}, None, codes, None)
+    assert (params, state) == ({"a": 1}, None)
+    np.testing.assert_allclose(metrics["perplexity"], [2.0], rtol=1e-6)
+    assert metrics["dead_codes"].tolist() == [6.0]
+
+
+def test_fields_that_do_not_fit():
+    with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 5000"):
+        dataclasses.replace(soundstream_speech.Config(), num_steps=7)
+    config = dataclasses.replace(soundstream_speech.Config(), crop=CropConfig(100), batch_size=8)
+    assert config.crop.num_samples == 100
