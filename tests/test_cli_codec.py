@@ -56,6 +56,20 @@ def test_a_recording_comes_back_as_the_codec_decodes_it(codec, tmp_path, capsys,
     np.testing.assert_allclose(restored, expected, atol=0.5 / 32768 + 1e-5)
 
 
+def test_inspect_shows_what_a_file_holds(codec, tmp_path, capsys):
+    record(tmp_path / "in.wav", 4000)
+    assert run("encode", tmp_path / "in.wav", tmp_path / "a.jac", "--codec", codec, "--kbps", "3.2") == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "a.jac")]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    size = (tmp_path / "a.jac").stat().st_size
+    assert rows["bitrate"] == f"{size * 8 / 500:.3f} kbit/s, of plain codes 3.200"
+    assert (rows["codec"], rows["num_codebooks"], rows["duration"], rows["damage"]) == ("tiny", "2", "0.500 s", "none")
+    (tmp_path / "a.jac").write_bytes((tmp_path / "a.jac").read_bytes()[:-1])
+    assert cli.main(["inspect", str(tmp_path / "a.jac")]) == 0
+    assert "one of the two copies of its header is damaged" in capsys.readouterr().out
+
+
 def test_what_was_converted_is_said(codec, tmp_path, capsys):
     record(tmp_path / "in.wav", 1000, channels=2, rate=11025)
     assert run("encode", tmp_path / "in.wav", tmp_path / "a.jac", "--codec", codec) == 0

@@ -80,7 +80,8 @@ def _warnings_of_one_line(command: str) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jaxaudio", description="Speech to text with Whisper, and tools around the checkpoints of jaxaudio."
+        prog="jaxaudio",
+        description="Speech to text with Whisper, audio as the codes of neural codecs, and tools around checkpoints.",
     )
     parser.add_argument("--version", action="version", version=f"jaxaudio {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -17,16 +16,6 @@ if TYPE_CHECKING:
     from jaxaudio.generate.compression import Compressed
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".aif", ".aiff", ".webm")
-PUBLISHED = {
-    "encodec_24khz": "facebook/encodec_24khz",
-    "encodec_48khz": "facebook/encodec_48khz",
-    "encodec_32khz": "facebook/encodec_32khz",
-    "dac_44khz": "descript/dac_44khz",
-    "dac_24khz": "descript/dac_24khz",
-    "dac_16khz": "descript/dac_16khz",
-    "mimi": "kyutai/mimi",
-}
-"""Ids on the HuggingFace Hub of the codecs that have a name; these names may be given instead of them."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -41,7 +30,7 @@ def add_parsers(commands: Any) -> None:
     )
     encode.add_argument("source", metavar="IN", help="audio file (wav, flac, ogg, mp3; m4a, mp4, webm), or a folder")
     encode.add_argument("destination", metavar="OUT", help=".jac file to write, or a folder")
-    _add_codec(encode, required=True, help="its folder or file, a HuggingFace Hub id, or one of")
+    _add_codec(encode, required=True, help="its folder or file, a HuggingFace Hub id, or")
     rate = encode.add_mutually_exclusive_group()
     rate.add_argument("--kbps", type=float, help="bitrate, one of the codec's (default: all codebooks of the codec)")
     rate.add_argument("--num_codebooks", type=int, metavar="N", help="instead of --kbps, codebooks of each frame")
@@ -63,15 +52,15 @@ def add_parsers(commands: Any) -> None:
     )
     decode.add_argument("source", metavar="IN", help=".jac file, or a folder")
     decode.add_argument("destination", metavar="OUT", help="file to write, called .wav or .flac, or a folder")
-    _add_codec(decode, required=False, help="needed unless the file names one of")
+    _add_codec(decode, required=False, help="needed unless the file names")
     decode.add_argument("--format", choices=("wav", "flac"), default="wav", help="of a folder's files (default: wav)")
     _add_common(decode)
     decode.set_defaults(run=_decode, on_cpu=False)
 
 
 def _add_codec(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
-    names = ", ".join(PUBLISHED)
-    parser.add_argument("--codec", required=required, metavar="DIR_OR_ID", help=f"{help} {names}")
+    published = "a published one: encodec_24khz, encodec_48khz, dac_44khz, mimi, ..."
+    parser.add_argument("--codec", required=required, metavar="DIR_OR_ID", help=f"{help} {published}")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +79,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def load(source: str) -> "Codec":
-    """A codec from its folder, file, hub id or name in `PUBLISHED`.
+    """A codec, its parameters on the device, from whatever `convert.codec.load_codec` takes.
 
     Raises:
       ConvertError: see `convert.codec.load_codec`.
@@ -101,12 +90,8 @@ def load(source: str) -> "Codec":
     from jaxaudio.convert.codec_read import MODELS
     from jaxaudio.generate.codec import Codec
 
-    checkpoint = load_codec(_source(source))
+    checkpoint = load_codec(source)
     return Codec(checkpoint.name, MODELS[checkpoint.kind][1](checkpoint.config), jax.device_put(checkpoint.params))
-
-
-def _source(name: str) -> str:
-    return name if os.path.exists(name) else PUBLISHED.get(name, name)
 
 
 def _load_coder(arguments: argparse.Namespace, codec: str) -> Any:
@@ -116,7 +101,7 @@ def _load_coder(arguments: argparse.Namespace, codec: str) -> Any:
 
     if arguments.entropy_model is not None:
         return load_entropy_coder(arguments.entropy_model)
-    path = find_codec(_source(codec))
+    path = find_codec(codec)
     return load_entropy_coder(path if path.is_dir() else path.parent)
 
 
@@ -161,6 +146,7 @@ def _encoded(done: "Compressed", source: "AudioInfo") -> str:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
+    from jaxaudio.convert.codec import REPOSITORIES
     from jaxaudio.data.codec_files import open_codec_file
     from jaxaudio.generate.compression import SUFFIXES, check_codec, decode_file
 
@@ -172,7 +158,7 @@ def _decode(arguments: argparse.Namespace) -> int:
         with open_codec_file(source) as file:
             header = file.header
         name = arguments.codec or header.codec
-        if name not in PUBLISHED and arguments.codec is None:
+        if arguments.codec is None and name not in REPOSITORIES:
             raise ValueError(
                 f"{source} was encoded with the codec {name}, config {header.config_hash}; give its folder with --codec"
             )

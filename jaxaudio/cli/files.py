@@ -42,13 +42,14 @@ def add_parsers(commands: Any) -> None:
         help="show what a checkpoint or an audio file holds",
         description="Of a run's checkpoint: its parameters and config, and the steps of its run. Of a Whisper or a "
         "codec, a folder or a file: its config and parameters. Of an audio file: its format, its length, and the peak, "
-        "clipping and silence of its samples. Reads no arrays, but all samples.",
+        "clipping and silence of its samples. Of a .jac file: its codec, its length and what is damaged. Reads no "
+        "arrays, but all samples and codes.",
     )
     inspect.add_argument(
         "path",
         metavar="CHECKPOINT_OR_AUDIO",
         help="a run's folder or its checkpoints folder, for the newest step; the folder of one step; a folder or "
-        "file of a Whisper or a codec; or an audio file",
+        "file of a Whisper or a codec; an audio file; or a .jac file",
     )
     inspect.set_defaults(run=_inspect, on_cpu=True)
 
@@ -119,6 +120,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder; expected a checkpoint or an audio file")
     is_run = (path / "checkpoints").is_dir() or (path / "state").is_dir()
+    if path.suffix == ".jac":
+        _inspect_codes(path)
+        return
     if not is_run and (path.is_dir() or path.suffix in _CODEC_SUFFIXES) and _inspect_codec(path):
         return
     if path.suffix == ".pt" or ((path / "config.json").is_file() and not is_run):
@@ -166,6 +170,21 @@ def _inspect_codec(path: pathlib.Path) -> bool:
     print(f"bandwidths  {', '.join(f'{value:g}' for value in config.bandwidths) or 'any number of codes'}")
     print(f"config      {json.dumps(dataclasses.asdict(config), indent=2)}")
     return True
+
+
+def _inspect_codes(path: pathlib.Path) -> None:
+    from jaxaudio.data.codec_files import open_codec_file
+
+    with open_codec_file(path) as file:
+        header = file.header
+    duration_s = header.num_samples / header.sample_rate
+    for name, value in dataclasses.asdict(header).items():
+        if value is not None:
+            print(f"{name:14}  {value}")
+    print(f"{'duration':14}  {duration_s:.3f} s")
+    print(f"{'bitrate':14}  {path.stat().st_size * 8 / 1000 / duration_s:.3f} kbit/s, of plain codes {header.kbps:.3f}")
+    damage = [f"chunks {lost.first} to {lost.last}: {lost.reason}" for lost in file.lost]
+    print(f"{'damage':14}  {'; '.join([*file.notes, *damage]) or 'none'}")
 
 
 def _inspect_whisper(path: pathlib.Path) -> None:

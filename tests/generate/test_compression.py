@@ -50,7 +50,7 @@ def segmented():
 def random_codec(name: str, model) -> Codec:
     keys = jax.random.split(jax.random.key(7), 2)
     waveform = jnp.zeros((1, 400, model.config.channels))
-    params = jax.tree.map(np.asarray, model.init(keys[0], waveform, jnp.array([4]))["params"])
+    params = jax.tree.map(np.asarray, jax.jit(model.init)(keys[0], waveform, jnp.array([4]))["params"])
     params["quantizer"]["codebooks"] = np.asarray(0.1 * jax.random.normal(keys[1], (4, 16, 8)))
     return Codec(name, model, params)
 
@@ -213,7 +213,7 @@ def test_lost_chunks_are_silence_and_the_others_are_decoded(name, indices, reque
     assert_in_16_bits(restored, expected)
 
 
-@pytest.mark.parametrize("indices", [(0,), (0, 1), (2,)])
+@pytest.mark.parametrize("indices", [(0, 1), (2,)])
 def test_lost_segments_are_silence_and_the_others_are_as_they_were(segmented, indices, tmp_path):
     """Three chunks of 4 segments of 800 samples at every 760th, the last of one and a very short one."""
     path = encoded(segmented, tmp_path, noise(9 * 760 + 30, 2))
@@ -239,20 +239,18 @@ def test_a_truncated_file_keeps_its_length(causal, tmp_path):
     assert done.notes == ("one of the two copies of its header is damaged or missing; the other was read",)
 
 
-def test_memory_does_not_grow_with_the_recording(causal, tmp_path, monkeypatch):
-    """Five minutes are 9.6 MB in float32."""
-    monkeypatch.setattr(compression, "CHUNK_S", 5.0)
-    soundfile.write(tmp_path / "in.wav", noise(300 * RATE), RATE)
-    encoded(causal, tmp_path, noise(12 * RATE))  # compiles
+def test_memory_does_not_grow_with_the_recording(causal, tmp_path):
+    """Two minutes are 3.8 MB in float32; 10 s of it go through the model at once."""
+    encoded(causal, tmp_path, noise(25 * RATE))  # compiles first, middle and last pieces
     decoded(causal, tmp_path / "a.jac")
-    soundfile.write(tmp_path / "long.wav", noise(300 * RATE), RATE)
+    soundfile.write(tmp_path / "long.wav", noise(120 * RATE), RATE)
     tracemalloc.start()
     encode_file(causal, tmp_path / "long.wav", tmp_path / "long.jac", num_codebooks=3)
     decode_file(causal, tmp_path / "long.jac", tmp_path / "back.wav")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert soundfile.info(tmp_path / "back.wav").frames == 300 * RATE
-    assert peak < 5e6
+    assert soundfile.info(tmp_path / "back.wav").frames == 120 * RATE
+    assert peak < 3e6, peak
 
 
 # Refusals
