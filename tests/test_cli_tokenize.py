@@ -18,7 +18,7 @@ def codec(tmp_path_factory):
 
 @pytest.fixture
 def manifest(tmp_path):
-    paths = tiny_codec.write_recordings(tmp_path, (810, 333, 640))
+    paths = tiny_codec.write_recordings(tmp_path, (810, 833, 870))
     write_manifest(
         [Utterance(path, text="text", id=f"id {i}") for i, path in enumerate(paths)], tmp_path / "list.jsonl"
     )
@@ -29,15 +29,15 @@ def run(*arguments):
     return cli.main(["tokenize", *arguments, "--compilation_cache", "None"])
 
 
-@pytest.mark.parametrize(("rate", "num_codebooks"), [([], 4), (["--kbps", "3.2"], 2), (["--num_codebooks", "3"], 3)])
+@pytest.mark.parametrize(("rate", "num_codebooks"), [([], 4), (["--kbps", "3.2"], 2), (["--num_codebooks", "4"], 4)])
 def test_a_list_becomes_a_dataset(codec, manifest, tmp_path, capsys, rate, num_codebooks):
     out = str(tmp_path / "out")
     assert run(manifest, out, "--codec", codec, "--batch_size", "3", *rate) == 0
     printed = capsys.readouterr().out
-    assert f"{num_codebooks} codebooks of tiny, 0.2 s encoded now" in printed
-    assert "3 clips, 90 frames, 0 failed" in printed
+    assert f"{num_codebooks} codebooks of tiny, 0.3 s encoded now" in printed
+    assert "3 clips, 127 frames, 0 failed" in printed
     dataset = TokenDataset(out)
-    assert [clip.codes.shape for clip in dataset] == [(num_codebooks, frames) for frames in (41, 17, 32)]
+    assert [clip.codes.shape for clip in dataset] == [(num_codebooks, frames) for frames in (41, 42, 44)]
     assert dataset[1].utterance == Utterance("1.wav", text="text", id="id 1")
 
     assert run(manifest, out, "--codec", codec, *rate) == 0
@@ -53,7 +53,7 @@ def test_what_fails_is_reported_and_the_others_go_on(codec, manifest, tmp_path, 
     captured = capsys.readouterr()
     assert captured.err.count("jaxaudio tokenize: ") == 1
     assert "1.wav" in captured.err
-    assert "2 clips, 73 frames, 1 failed" in captured.out
+    assert "2 clips, 85 frames, 1 failed" in captured.out
     failed = json.loads((tmp_path / "out" / "manifest.json").read_text())["failed"]
     assert [(line["index"], line["id"]) for line in failed] == [(1, "id 1")]
 
@@ -63,7 +63,7 @@ def test_processes_share_the_shards(codec, manifest, tmp_path, capsys):
     assert run(*command, "--process_index", "0", "--process_count", "2") == 0
     assert "the shards of other processes are missing" in capsys.readouterr().out
     assert run(*command, "--process_index", "1", "--process_count", "2") == 0
-    assert "3 clips, 90 frames" in capsys.readouterr().out
+    assert "3 clips, 127 frames" in capsys.readouterr().out
 
 
 def test_bad_requests_end_in_one_line(codec, manifest, tmp_path, capsys):
