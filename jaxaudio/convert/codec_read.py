@@ -132,9 +132,7 @@ def _read_ours(folder: pathlib.Path, values: Mapping[str, Any]) -> CodecFile:
         config = from_dict(MODELS[kind][0], values["config"])
     except (ConfigError, KeyError) as error:
         raise ConvertError(f"{where}: config: {error}") from error
-    return _to_ours(
-        folder, "jaxaudio", kind, config, read_safetensors(folder / PARAMETERS), str(values.get("name") or "")
-    )
+    return _to_ours(folder, "jaxaudio", kind, config, read_safetensors(folder / PARAMETERS), values.get("name", ""))
 
 
 def _read_hf(folder: pathlib.Path, values: Mapping[str, Any]) -> CodecFile:

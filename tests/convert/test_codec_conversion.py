@@ -218,6 +218,17 @@ def test_published_sizes_survive_huggingface_configs(preset):
     assert table.read_config(table.hf_config(config), "") == config
 
 
+def test_transformers_counts_our_codebooks():
+    """It divides a bandwidth, in which rounding must not lose one."""
+    preset = encodec.PRESETS["encodec_24khz"]
+    for num_codebooks in range(1, 65):
+        rvq = dataclasses.replace(preset.rvq, num_codebooks=num_codebooks)
+        for sample_rate in (16000, 24000, 44100):
+            config = dataclasses.replace(preset, sample_rate=sample_rate, rvq=rvq, bandwidths=())
+            values = codec_read.TABLES["encodec"].hf_config(config)
+            assert transformers.EncodecConfig(**values).num_quantizers == num_codebooks
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_of_transformers_are_the_published_sizes(kind):
     """An empty config has what its authors published first, DAC in the 16 kHz of its default."""
