@@ -92,7 +92,7 @@ def multi_scale_stft_distance(
     """DAC's STFT distance: mean absolute differences of log10 powers and of magnitudes, summed over the windows.
 
     Kumar et al. 2023, section 4.3, as its released evaluation has it (the paper names the logarithms alone). Hann
-    windows, hops of a quarter, ends reflected; powers under the logarithm are at least 1e-5. Less is better.
+    windows, hops of a quarter, ends reflected; magnitudes under the logarithm are at least 1e-5. Less is better.
 
     Args:
       estimate, reference: samples in [-1, 1]; the channels of a stereo recording are rows of their own.
@@ -103,7 +103,7 @@ def multi_scale_stft_distance(
     distance = jnp.zeros(estimate.shape[0])
     for win_length in win_lengths:
         magnitudes = [_magnitudes(waveform, win_length) for waveform in (estimate, reference)]
-        logs = [jnp.log10(jnp.maximum(magnitude**2, _LEAST)) for magnitude in magnitudes]
+        logs = [2 * jnp.log10(jnp.maximum(magnitude, _LEAST)) for magnitude in magnitudes]
         distance += _mean_difference(*logs) + _mean_difference(*magnitudes)
     return distance
 

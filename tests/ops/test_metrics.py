@@ -70,17 +70,18 @@ def test_mel_distance_against_librosa():
 
 
 def test_stft_distance_against_torch():
+    reference = REFERENCE * (np.arange(4000) > 2500)  # where it is silent, the smallest magnitude counts
     expected = np.zeros(2)
     for win_length in (2048, 512):
         window = torch.hann_window(win_length, dtype=torch.float64)
         magnitudes = [
             torch.stft(torch.tensor(w).double(), win_length, win_length // 4, window=window, return_complex=True).abs()
-            for w in (ESTIMATE, REFERENCE)
+            for w in (ESTIMATE, reference)
         ]
-        logs = [magnitude.square().clamp(1e-5).log10() for magnitude in magnitudes]
+        logs = [magnitude.clamp(1e-5).square().log10() for magnitude in magnitudes]
         for a, b in (magnitudes, logs):
             expected += (a - b).abs().mean(dim=(1, 2)).numpy()
-    ours = multi_scale_stft_distance(jnp.asarray(ESTIMATE), jnp.asarray(REFERENCE))
+    ours = multi_scale_stft_distance(jnp.asarray(ESTIMATE), jnp.asarray(reference))
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
