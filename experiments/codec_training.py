@@ -47,6 +47,11 @@ def load_splits(
     return splits
 
 
+def load_noises(noise_dir: str | os.PathLike | None, **options: Any) -> list[Recording]:
+    """All recordings of a folder, zip or list, as `load_recordings` gives them; none of None."""
+    return [] if noise_dir is None else load_recordings(noise_dir, list_recordings(noise_dir), **options)
+
+
 def describe(splits: Splits) -> str:
     """How many recordings and minutes each split has."""
     minutes = {name: sum(len(r.waveform) / r.sample_rate for r in found) / 60 for name, found in splits.items()}

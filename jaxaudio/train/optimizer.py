@@ -19,7 +19,7 @@ class OptimizerConfig:
       learning_rate: the peak, reached after the warm-up; for "noam" the factor c of its formula.
       schedule: what follows the linear warm-up, see `make_schedule`.
       warmup_steps: updates until the peak; 0 starts at the peak.
-      num_steps: update at which "cosine" and "linear" reach their end.
+      num_steps: update at which "cosine", "linear" and "exponential" reach their end.
       final_fraction: their end, as a fraction of the peak.
       hidden_dim: the model width in the formula of "noam".
       b1: decay of the mean of gradients.
@@ -34,7 +34,7 @@ class OptimizerConfig:
 
     name: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-3
-    schedule: Literal["constant", "cosine", "linear", "rsqrt", "noam"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "exponential", "rsqrt", "noam"] = "constant"
     warmup_steps: int = 0
     num_steps: int | None = None
     final_fraction: float = 0.0
@@ -47,16 +47,18 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
-        decays = self.schedule in ("cosine", "linear")
+        decays = self.schedule in ("cosine", "linear", "exponential")
         if decays and (self.num_steps is None or self.num_steps <= self.warmup_steps):
             raise ValueError(
                 f"schedule {self.schedule!r} needs num_steps > warmup_steps ({self.warmup_steps}), got {self.num_steps}"
             )
         if not decays and (self.num_steps is not None or self.final_fraction):
             raise ValueError(
-                f"num_steps={self.num_steps} and final_fraction={self.final_fraction} are for schedules 'cosine' and"
-                f" 'linear'; with {self.schedule!r} leave them None and 0.0"
+                f"num_steps={self.num_steps} and final_fraction={self.final_fraction} are for schedules 'cosine',"
+                f" 'linear' and 'exponential'; with {self.schedule!r} leave them None and 0.0"
             )
+        if self.schedule == "exponential" and not self.final_fraction > 0:
+            raise ValueError(f"schedule 'exponential' needs final_fraction > 0, got {self.final_fraction}")
         if (self.schedule == "noam") != (self.hidden_dim is not None):
             raise ValueError(f"hidden_dim is for schedule 'noam' alone, got {self.hidden_dim} with {self.schedule!r}")
         if self.warmup_steps < (self.schedule in ("rsqrt", "noam")):
@@ -70,23 +72,26 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
     With s the update counted from 1, w warmup_steps, lr learning_rate and p = (s - w) / (num_steps - w) within [0, 1]:
 
-      all       lr * min(1, s / w) * decay
-      constant  decay = 1
-      linear    decay = 1 - (1 - final_fraction) p
-      cosine    decay = final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2
-      rsqrt     decay = sqrt(w / max(s, w))
-      noam      decay = 1 / sqrt(max(s, w) * hidden_dim); tensor2tensor's, whose `transformer_base` has lr = 2,
-                and whose older "learning_rate = 0.1" is lr = 1 here
+      all          lr * min(1, s / w) * decay
+      constant     decay = 1
+      linear       decay = 1 - (1 - final_fraction) p
+      cosine       decay = final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2
+      exponential  decay = final_fraction ** p; a factor g for each update is final_fraction = g ** (num_steps - w)
+      rsqrt        decay = sqrt(w / max(s, w))
+      noam         decay = 1 / sqrt(max(s, w) * hidden_dim); tensor2tensor's, whose `transformer_base` has lr = 2,
+                   and whose older "learning_rate = 0.1" is lr = 1 here
     """
 
     def schedule(count: Any) -> jax.Array:
         step = jnp.asarray(count, jnp.float32) + 1
         warmup = max(config.warmup_steps, 1)
         past = jnp.maximum(step, warmup)
-        if config.schedule in ("linear", "cosine"):
+        if config.schedule in ("linear", "cosine", "exponential"):
             progress = jnp.clip((step - config.warmup_steps) / (config.num_steps - config.warmup_steps), 0, 1)
             left = 1 - progress if config.schedule == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
             decay = config.final_fraction + (1 - config.final_fraction) * left
+            if config.schedule == "exponential":
+                decay = config.final_fraction**progress
         elif config.schedule == "rsqrt":
             decay = jnp.sqrt(warmup / past)
         elif config.schedule == "noam":

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from experiments import codec_report, codec_training, soundstream_speech
+from experiments import (
+    codec_report,
+    codec_training,
+    dac_44khz,
+    encodec_24khz,
+    encodec_32khz,
+    soundstream_24khz,
+    soundstream_speech,
+)
 from jaxaudio import config as configs
 from jaxaudio import sharding
 from jaxaudio.convert.codec import load_codec
@@ -18,6 +26,7 @@ from jaxaudio.data.recordings import Recording
 from jaxaudio.generate.codec import Codec
 from jaxaudio.models.soundstream import SoundStream
 from jaxaudio.nn.discriminator_config import DiscriminatorConfig, MultiScaleSTFTConfig
+from jaxaudio.ops.codebook_ema import CodebookConfig
 from jaxaudio.ops.metrics import si_snr
 
 STFT = DiscriminatorConfig(multi_scale_stft=MultiScaleSTFTConfig(win_lengths=(64,), features=2, dilations=(1,)))
@@ -35,18 +44,16 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def tiny(config, data_dir):
+def tiny(config, data_dir, **fields):
     """The config with nets as small as they can be, for two steps on the test's recordings."""
-    sizes = {"num_filters": 4, "embed_dim": 8, "strides": (4, 8), "dilations": (1,)}
+    sizes = {"num_filters": 4, "embed_dim": 8, "strides": (4, 8), "dilations": (1,), "decoder_filters": None}
+    seanet = dataclasses.replace(config.model.seanet, **sizes)
     rvq = dataclasses.replace(config.model.rvq, num_codebooks=3, codebook_size=16, codebook_dim=8, embed_dim=8)
-    model = dataclasses.replace(config.model, seanet=dataclasses.replace(config.model.seanet, **sizes), rvq=rvq)
     return dataclasses.replace(
         config,
-        model=model,
+        model=dataclasses.replace(config.model, seanet=seanet, rvq=rvq, bandwidths=()),
         discriminator=STFT,
         spectral_windows=(64,),
-        spectral_mels=(8,),
-        optimizer=dataclasses.replace(config.optimizer, num_steps=2, warmup_steps=1),
         data_dir=str(data_dir),
         split=SplitConfig(valid=("0[01]",), test=("0[23]",), valid_rate=0.0, test_rate=0.0),
         sources=(SourceConfig("", 1.0),),
@@ -57,12 +64,15 @@ def tiny(config, data_dir):
         log_every=1,
         evaluate_every=2,
         mesh="data:4,fsdp:2",
+        **fields,
     )
 
 
 @pytest.mark.slow
 def test_soundstream_on_speech(data_dir, tmp_path, capsys):
-    config = tiny(soundstream_speech.Config(), data_dir)
+    config = soundstream_speech.Config()
+    optimizer = dataclasses.replace(config.optimizer, num_steps=2, warmup_steps=1)
+    config = tiny(config, data_dir, optimizer=optimizer, spectral_mels=(8,))
     soundstream_speech.main(config, tmp_path)
     assert re.search(r"6 kbps: mel distance [\d.]+, SI-SNR -?[\d.]+ dB", capsys.readouterr().out)
     assert configs.from_json(soundstream_speech.Config, (tmp_path / "config.json").read_text()) == config
@@ -86,6 +96,56 @@ def test_soundstream_on_speech(data_dir, tmp_path, capsys):
 
     soundstream_speech.main(config, tmp_path)
     assert "complete: open" in capsys.readouterr().out
+
+
+ROWS = {
+    "soundstream": (soundstream_24khz, "denoising", {"spectral_mels": 8}),
+    "encodec": (encodec_24khz, "paper", {"spectral_mels": 8, "num_levels": (1, 3)}),
+    "encodec 32 kHz": (encodec_32khz, "paper", {"spectral_mels": 8}),
+    "dac": (
+        dac_44khz,
+        "paper",
+        {
+            "spectral_mels": (8,),
+            "optimizer": dac_44khz.adamw(2, clip_norm=1000.0),
+            "disc_optimizer": dac_44khz.adamw(2, clip_norm=10.0),
+        },
+    ),
+}
+LOSSES = {
+    "soundstream": {"spectral", "adversarial", "feature"},
+    "encodec": {"waveform", "spectral", "adversarial", "feature"},
+    "encodec 32 kHz": {"waveform", "spectral", "adversarial", "feature"},
+    "dac": {"spectral", "adversarial", "feature"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_paper_rows(name, data_dir, tmp_path):
+    module, row, fields = ROWS[name]
+    if name == "soundstream":
+        fields = fields | {"noise_dir": str(data_dir)}
+    if hasattr(module.ROWS[row], "codebooks"):
+        fields = fields | {"codebooks": CodebookConfig(dead_usage=0.1, dead_is_relative=True, kmeans_iterations=2)}
+    config = tiny(module.ROWS[row], data_dir, **fields)
+    module.main(config, tmp_path)
+    assert configs.from_json(module.Config, (tmp_path / "config.json").read_text()) == config
+    checkpoint = load_codec(tmp_path / "codec", kind=name.split()[0])
+    assert not checkpoint.config.seanet.weight_norm
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert {n.removeprefix("train/share/") for n in first if n.startswith("train/share/")} == LOSSES[name]
+    assert {"train/commitment", "train/discriminator_loss", "train/perplexity/2", "train/learning_rate"} <= set(first)
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("module", [soundstream_24khz, encodec_24khz, encodec_32khz, dac_44khz])
+def test_every_row_has_a_card(module):
+    for row, config in module.ROWS.items():
+        assert config.row == row
+        card = codec_report.own_card(module.CARDS, row, steps=3, hardware="a cpu")
+        assert (card.reported, card.steps) == (None, 3)
+        assert max(config.evaluation.num_codebooks) <= config.model.num_codebooks
 
 
 def test_splits_are_loaded_apart(data_dir):
@@ -172,5 +232,11 @@ def test_codes_without_gradients_are_counted():
 def test_fields_that_do_not_fit():
     with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 5000"):
         dataclasses.replace(soundstream_speech.Config(), num_steps=7)
-    config = dataclasses.replace(soundstream_speech.Config(), crop=CropConfig(100), batch_size=8)
-    assert config.crop.num_samples == 100
+    with pytest.raises(ValueError, match="model.denoising=True, but crop.denoise_rate=None"):
+        dataclasses.replace(soundstream_24khz.ROWS["denoising"], crop=CropConfig(100))
+    with pytest.raises(ValueError, match=r"num_levels=\(0, 2\); the model has 1 to 32"):
+        dataclasses.replace(encodec_24khz.ROWS["paper"], num_levels=(0, 2))
+    with pytest.raises(ValueError, match="num_steps is 5, but an optimizer's 400000"):
+        dataclasses.replace(dac_44khz.ROWS["paper"], num_steps=5)
+    with pytest.raises(ValueError, match="dropout_rate=1.5"):
+        dataclasses.replace(dac_44khz.ROWS["paper"], dropout_rate=1.5)

@@ -36,6 +36,10 @@ def test_noam_peaks_at_tensor2tensor_values(hidden_dim, peak):
             [1, 2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0],
         ),
         (
+            OptimizerConfig(learning_rate=2.0, schedule="exponential", num_steps=4, final_fraction=0.9**4),
+            [1.8, 1.62, 1.458, 1.3122, 1.3122, 1.3122],
+        ),
+        (
             OptimizerConfig(learning_rate=2.0, schedule="rsqrt", warmup_steps=2),
             [1, 2, 2 * math.sqrt(2 / 3), math.sqrt(2), 2 * math.sqrt(2 / 5), 2 * math.sqrt(1 / 3)],
         ),
@@ -132,6 +136,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_state():
     ("fields", "message"),
     [
         ({"schedule": "cosine"}, r"'cosine' needs num_steps > warmup_steps \(0\), got None"),
+        ({"schedule": "exponential", "num_steps": 5}, r"'exponential' needs final_fraction > 0, got 0.0"),
         ({"schedule": "linear", "warmup_steps": 5, "num_steps": 5}, r"needs num_steps > warmup_steps \(5\), got 5"),
         ({"num_steps": 10}, "num_steps=10 and final_fraction=0.0 are for"),
         ({"schedule": "rsqrt", "warmup_steps": 1, "final_fraction": 0.1}, "final_fraction=0.1 are for .* with 'rsqrt'"),
