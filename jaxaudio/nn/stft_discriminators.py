@@ -55,17 +55,17 @@ class STFTNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, rows: Float[Array, "rows A"]) -> Output:
-        """Logits (rows, T, F / 8, 1), T = 1 + (A - win_length) // hop; feature maps likewise, of every convolution."""
+        """Logits (rows, T, F / 8), T = 1 + (A - win_length) // hop; feature maps likewise, of every convolution."""
         config = self.config
         square = (config.kernel_size[0],) * 2
         window_norm = float(np.sqrt(np.sum(stft.hann_window(self.win_length) ** 2)))
         x = _spectrogram(rows, self.win_length, self.win_length // 4) / window_norm
         convs = [NormConv(config.features, config.kernel_size, weight_norm=config.first_weight_norm, name="conv_0")]
         for index, dilation in enumerate(config.dilations):
-            convs.append(NormConv(config.features, config.kernel_size, (1, 2), (dilation, 1), name=f"conv_{index + 1}"))
+            convs.append(NormConv(config.features, config.kernel_size, (1, 2), dilation, name=f"conv_{index + 1}"))
         convs.append(NormConv(config.features, square, name=f"conv_{len(convs)}"))
         x, feature_maps = _run(convs, x, config.negative_slope)
-        return NormConv(1, square, name="conv_out")(x), feature_maps
+        return NormConv(1, square, name="conv_out")(x)[..., 0], feature_maps
 
 
 class BandNetwork(nn.Module):
@@ -79,7 +79,7 @@ class BandNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, rows: Float[Array, "rows A"]) -> Output:
-        """Logits (rows, T, F', 1), F' of all bands; feature maps: of every convolution, the lowest band first."""
+        """Logits (rows, T, F'), F' of all bands; feature maps: of every convolution, the lowest band first."""
         config, hop_length = self.config, self.win_length // 4
         square = (config.kernel_size[0],) * 2
         spectrogram = _spectrogram(_pad_ends(rows, self.win_length, hop_length), self.win_length, hop_length)
@@ -96,7 +96,7 @@ class BandNetwork(nn.Module):
             x, band_maps = _run(convs, spectrogram[:, :, low:high], config.negative_slope)
             bands.append(x)
             feature_maps += band_maps
-        return NormConv(1, square, name="conv_out")(jnp.concatenate(bands, axis=2)), feature_maps
+        return NormConv(1, square, name="conv_out")(jnp.concatenate(bands, axis=2))[..., 0], feature_maps
 
 
 def _run(convs: list[NormConv], x: jax.Array, negative_slope: float) -> Output:

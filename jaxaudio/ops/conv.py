@@ -36,7 +36,10 @@ def conv(
         raise ValueError(f"x has {x.shape[1]} steps, fewer than the kernel's {extent}; pad it before")
     if groups == stride == size == 1:
         return project(x, kernel[0])  # 64 to 64 channels: 6.9 ms, as a convolution 7.8
-    flat = jax.default_backend() == "cpu" and groups == dilation == 1
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and groups > 1 == dilation and inputs > 1:
+        return _grouped(x, kernel, stride, groups)  # 256 groups of 4 to 4 channels: 6 ms with gradients, not 1000
+    flat = on_cpu and groups == dilation == 1
     if flat and stride == outputs == 1:
         return _sum_of_shifted(x, kernel)  # 96 channels to 1: 7.3 ms, as a convolution 17.9
     if flat and inputs <= 32:
@@ -56,6 +59,22 @@ def _conv(x, kernel, strides, dilations, groups):
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         feature_group_count=groups,
     )
+
+
+def _grouped(x, kernel, stride, groups):
+    """A product for each group of all inputs that an output hears, gathered in blocks of one stride."""
+    size, inputs, outputs = kernel.shape
+    num_steps = (x.shape[1] - size) // stride + 1
+    reach = -(-size // stride)
+    num_blocks = num_steps - 1 + reach
+    x = jnp.pad(x, ((0, 0), (0, max(num_blocks * stride - x.shape[1], 0)), (0, 0)))[:, : num_blocks * stride]
+    x = x.reshape(len(x), num_blocks, stride, groups, inputs).transpose(3, 0, 1, 2, 4)
+    x = x.reshape(groups, -1, num_blocks, stride * inputs)
+    heard = jnp.concatenate([x[:, :, i : i + num_steps] for i in range(reach)], axis=-1)
+    kernel = jnp.pad(kernel, ((0, reach * stride - size), (0, 0), (0, 0)))
+    kernel = kernel.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    y = jnp.einsum("GBTI,GIO->BTGO", heard, kernel)
+    return y.reshape(*y.shape[:2], outputs)
 
 
 def _sum_of_shifted(x, kernel):
