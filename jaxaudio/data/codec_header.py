@@ -1,6 +1,8 @@
 """The header of a .jac file: what its codes mean. See `codec_files` for where it stands. NumPy, no JAX.
 
-b"JACF", version (2 bytes), length of the JSON (2), JSON of `CodecHeader`, CRC-32 of all that (4), in little-endian.
+b"JACF", version (2 bytes), length of the text (2), num_samples (8; all ones where the writer did not come to its end),
+the text, CRC-32 of all that (4), in little-endian. The text is the JSON of the other fields of `CodecHeader` without
+those that are None, deflated (RFC 1951) with `DICTIONARY`, which makes it a third as long.
 """
 
 import dataclasses
@@ -16,7 +18,15 @@ MAX_PAYLOAD = 1 << 20
 MAX_SAMPLES = 1 << 36  # a month at 24 kHz
 
 _MAGIC, _VERSION = b"JACF", 1
-_FIXED = struct.Struct("<4sHH")
+_FIXED = struct.Struct("<4sHHQ")
+_UNKNOWN = (1 << 64) - 1
+_MAX_TEXT = 1 << 14
+DICTIONARY = (
+    b'{"codec":"encodec_24khz","config_hash":"0123456789abcdef","codebooks_hash":"0123456789abcdef",'
+    b'"sample_rate":24000,"channels":1,"num_codebooks":8,"codebook_size":1024,"frame_rate":75.0,"chunk_frames":375,'
+    b'"chunk_samples":120000,"chunk_segments":0,"entropy":"encodec_24khz","entropy_hash":"0123456789abcdef"}'
+)
+"""What version 1 of the format deflates its headers with; another one would be another version."""
 _CRC = struct.Struct("<I")
 _RANGES = {
     "sample_rate": (1, 1 << 24),
@@ -27,7 +37,6 @@ _RANGES = {
     "chunk_samples": (1, 1 << 31),
     "chunk_segments": (0, (1 << 16) - 1),
     "num_samples": (0, MAX_SAMPLES),
-    "num_chunks": (0, MAX_SAMPLES),
 }
 
 
@@ -55,7 +64,6 @@ class CodecHeader:
       entropy: name of the entropy coder's model, None without one.
       entropy_hash: first digits of the hash of the entropy coder's model, None without one.
       num_samples: of the waveform, per channel; None where the writer did not come to its end.
-      num_chunks: None likewise.
     """
 
     codec: str
@@ -72,7 +80,11 @@ class CodecHeader:
     entropy: str | None = None
     entropy_hash: str | None = None
     num_samples: int | None = None
-    num_chunks: int | None = None
+
+    @property
+    def num_chunks(self) -> int | None:
+        """All that the file should have; None where num_samples is."""
+        return None if self.num_samples is None else math.ceil(self.num_samples / self.chunk_samples)
 
     @property
     def code_bits(self) -> int:
@@ -92,7 +104,7 @@ class CodecHeader:
 _DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(CodecHeader) if field.default is not dataclasses.MISSING
 }
-_KNOWN = {field.name for field in dataclasses.fields(CodecHeader)}
+_NEEDED = {field.name for field in dataclasses.fields(CodecHeader)} - {*_DEFAULTS}
 
 
 def check_header(header: CodecHeader) -> None:
@@ -110,12 +122,6 @@ def check_header(header: CodecHeader) -> None:
         )
     if (header.entropy is None) != (header.entropy_hash is None):
         raise CodecFileError(f"the header's entropy is {header.entropy!r} with the hash {header.entropy_hash!r}")
-    num_chunks = None if header.num_samples is None else math.ceil(header.num_samples / header.chunk_samples)
-    if header.num_chunks != num_chunks:
-        raise CodecFileError(
-            f"the header's num_chunks is {header.num_chunks}; expected {num_chunks} for {header.num_samples} samples, "
-            f"{header.chunk_samples} in a chunk"
-        )
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -127,7 +133,7 @@ def _check_fields(fields: dict[str, Any]) -> None:
             raise CodecFileError(f"the header's {name} is {value!r:.100}; expected a text of 1 to 200 characters")
     for name, (least, most) in _RANGES.items():
         value = fields[name]
-        is_absent = value is None and name in ("num_samples", "num_chunks")
+        is_absent = value is None and name == "num_samples"
         if not is_absent and not (type(value) is int and least <= value <= most):
             raise CodecFileError(f"the header's {name} is {value!r:.100}; expected an integer from {least} to {most}")
     rate = fields["frame_rate"]
@@ -136,16 +142,13 @@ def _check_fields(fields: dict[str, Any]) -> None:
 
 
 def header_bytes(header: CodecHeader) -> bytes:
-    """The header as it stands in a file; its length does not depend on num_samples and num_chunks."""
-    longest = dataclasses.replace(header, num_samples=MAX_SAMPLES, num_chunks=MAX_SAMPLES)
-    text = _to_json(header).ljust(len(_to_json(longest)))
-    record = _FIXED.pack(_MAGIC, _VERSION, len(text)) + text
+    """The header as it stands in a file; its length does not depend on num_samples."""
+    fields = {name: value for name, value in vars(header).items() if value is not None and name != "num_samples"}
+    deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS, zdict=DICTIONARY)
+    text = deflater.compress(json.dumps(fields, separators=(",", ":")).encode("ascii")) + deflater.flush()
+    num_samples = _UNKNOWN if header.num_samples is None else header.num_samples
+    record = _FIXED.pack(_MAGIC, _VERSION, len(text), num_samples) + text
     return record + _CRC.pack(zlib.crc32(record))
-
-
-def _to_json(header: CodecHeader) -> bytes:
-    fields = {name: value for name, value in dataclasses.asdict(header).items() if value is not None}
-    return json.dumps(fields, separators=(",", ":")).encode("ascii")
 
 
 def read_header(data: bytes | mmap.mmap) -> tuple[CodecHeader, bool]:
@@ -159,30 +162,42 @@ def read_header(data: bytes | mmap.mmap) -> tuple[CodecHeader, bool]:
         raise CodecFileError(
             f"is no .jac file, or both copies of its header are gone: it begins with {data[:16]!r}, not with {_MAGIC!r}"
         )
-    texts = [text for text in (_text(data, first), _text(data, last)) if text is not None]
-    if not texts:
+    records = [record for record in (_record(data, first), _record(data, last)) if record is not None]
+    if not records:
         raise CodecFileError("both copies of its header are damaged, without which codes mean nothing; copy it again")
-    try:
-        fields = json.loads(texts[0])
-    except (ValueError, RecursionError) as error:
-        raise CodecFileError(f"its header is not JSON: {error}") from error
-    if not isinstance(fields, dict) or not _KNOWN - set(_DEFAULTS) <= set(fields) <= _KNOWN:
-        raise CodecFileError(f"its header is {fields!r:.200}; expected the fields {sorted(_KNOWN)}")
-    _check_fields(_DEFAULTS | fields)
+    num_samples, text = records[0]
+    fields = _DEFAULTS | _fields(text) | {"num_samples": None if num_samples == _UNKNOWN else num_samples}
+    _check_fields(fields)
     header = CodecHeader(**fields)
     check_header(header)
-    return header, header.num_chunks is None or (first == 0 and first < last and len(texts) == 2)
+    return header, num_samples == _UNKNOWN or (first == 0 and first < last and len(records) == 2)
 
 
-def _text(data: bytes | mmap.mmap, at: int) -> bytes | None:
-    """The JSON of the header there, None if it is damaged."""
+def _record(data: bytes | mmap.mmap, at: int) -> tuple[int, bytes] | None:
+    """num_samples and the text of the header there, None if it is damaged."""
     fixed = data[at : at + _FIXED.size]
     if len(fixed) < _FIXED.size:
         return None
-    _, version, length = _FIXED.unpack(fixed)
+    _, version, length, num_samples = _FIXED.unpack(fixed)
     end = at + _FIXED.size + length
     if data[end : end + _CRC.size] != _CRC.pack(zlib.crc32(data[at:end])):
         return None
     if version != _VERSION:
         raise CodecFileError(f"is a .jac file of version {version}; this jaxaudio reads version {_VERSION}")
-    return data[at + _FIXED.size : end]
+    return num_samples, data[at + _FIXED.size : end]
+
+
+def _fields(text: bytes) -> dict[str, Any]:
+    """The fields that a header's text has, any values."""
+    try:
+        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=DICTIONARY)
+        fields = json.loads(inflater.decompress(text, _MAX_TEXT))
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise CodecFileError(f"its header is not JSON: {error}") from error
+    names = set(fields) if isinstance(fields, dict) else set()
+    missing, unknown = _NEEDED - names, names - _NEEDED - (_DEFAULTS.keys() - {"num_samples"})
+    if missing or unknown:
+        raise CodecFileError(
+            f"its header lacks the fields {sorted(missing)}, and has {sorted(unknown)!r:.200}, which no header has"
+        )
+    return fields

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 
 from jaxaudio.data.codec_files import Chunk, CodecFile, CodecFileError, CodecHeader, CodecWriter
-from jaxaudio.data.codec_header import header_bytes
+from jaxaudio.data.codec_header import DICTIONARY, header_bytes
 
 NUM_INPUTS = 110_000
 MEASURED = 50  # memory is measured for one input of so many, which takes longer
@@ -117,11 +117,13 @@ HOSTILE = (
 def forge(data: bytes, head: bytes, rng: random.Random) -> bytes:
     """The file with hostile values in its header, or in the numbers of its chunks, and right checksums for them."""
     if rng.random() < 0.5:
-        fields = json.loads(head[8:-4])
+        fields = json.loads(zlib.decompressobj(-15, zdict=DICTIONARY).decompress(head[16:-4]))
         for _ in range(rng.randrange(1, 4)):
             fields[rng.choice([*fields, "entropy", "entropy_hash", "chunk_segments", "new"])] = rng.choice(HOSTILE)
-        text = json.dumps(fields).encode()
-        record = head[:6] + struct.pack("<H", len(text)) + text
+        deflater = zlib.compressobj(1, zlib.DEFLATED, -15, zdict=DICTIONARY)
+        text = deflater.compress(json.dumps(fields).encode()) + deflater.flush()
+        num_samples = head[8:16] if rng.random() < 0.7 else struct.pack("<Q", rng.choice((0, 1, 1 << 36, 1 << 63)))
+        record = head[:6] + struct.pack("<H", len(text)) + num_samples + text
         return record + struct.pack("<I", zlib.crc32(record)) + data[len(head) : -len(head)]
     at = data.find(b"\xa9JC\xd7")
     numbers = list(struct.unpack_from("<IHHI", data, at + 4))
