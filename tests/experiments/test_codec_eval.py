@@ -111,7 +111,7 @@ def test_a_codec_goes_through_its_files(config, tmp_path):
     tiny, *opus = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (tiny["system"], tiny["nominal_kbps"], len(opus)) == ("tiny 3.2", 3.2, 2)
     codec = tiny_codec.to_codec(tiny_codec.make_codec())
-    header = header_bytes(dataclasses.replace(file_header(codec, 2), num_samples=8000, num_chunks=1))
+    header = header_bytes(dataclasses.replace(file_header(codec, 2), num_samples=8000))
     # 400 frames of two codes of 4 bits, 20 bytes about the chunk, and the header twice.
     assert tiny["kbps"] == pytest.approx((400 * 2 * 4 + 8 * (20 + 2 * len(header))) / 1000)
     expected = codec.decode(codec.encode(load_audio(f"{config.data}/a.wav", 8000), num_codebooks=2))[:, 0]
