@@ -40,7 +40,7 @@ from jaxaudio.data.codec_header import (
 
 CHUNK_S = 5.0
 
-_MARKER = b"\xa9JC\xd7"  # not ASCII, so that no header has it
+_MARKER = b"\xa9JC\xd7"
 _HASH = 16  # digits of an entropy coder's hash that a header has
 _FIXED = struct.Struct("<4sIHHI")
 _CRC = struct.Struct("<I")
