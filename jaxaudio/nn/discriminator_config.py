@@ -16,6 +16,9 @@ class ScaleConfig:
       strides: of the grouped convolutions, which also multiply the features.
       groups: of these. SoundStream's groups have 4 channels each; audiocraft has 4 groups in each.
       negative_slope: of the leaky ReLU; not in SoundStream's paper (MelGAN has 0.2).
+
+    Raises:
+      ValueError: a downsampling that is not a power of 2; the message carries all.
     """
 
     downsampling: tuple[int, ...] = (1, 2, 4)
@@ -25,6 +28,10 @@ class ScaleConfig:
     strides: tuple[int, ...] = (4, 4, 4, 4)
     groups: tuple[int, ...] = (4, 16, 64, 256)
     negative_slope: float = 0.2
+
+    def __post_init__(self):
+        if any(factor < 1 or factor & (factor - 1) for factor in self.downsampling):
+            raise ValueError(f"each downsampling must be a power of 2, got {self.downsampling}")
 
 
 @dataclasses.dataclass(frozen=True)

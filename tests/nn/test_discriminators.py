@@ -307,3 +307,8 @@ def test_too_short_a_waveform_is_refused():
     config = DiscriminatorConfig(multi_scale_stft=MultiScaleSTFTConfig(win_lengths=(64,), features=2))
     with pytest.raises(ValueError, match="at least frame_length = 64 samples .* got 63 samples"):
         Discriminators(config).init(jax.random.key(0), jnp.zeros((1, 63, 1)))
+
+
+def test_resolutions_that_halving_does_not_reach_are_refused():
+    with pytest.raises(ValueError, match=r"power of 2, got \(1, 3\)"):
+        ScaleConfig(downsampling=(1, 3))
