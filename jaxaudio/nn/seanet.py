@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaudio.nn.streaming import PadMode, Snake, Stream, StreamConv, StreamConvTranspose, StreamLSTM, weight_normed
+from jaxaudio.ops.activations import elu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class SEANetConfig:
 
 
 def _activate(config: SEANetConfig, x: jax.Array, name: str) -> jax.Array:
-    return jax.nn.elu(x) if config.activation == "elu" else Snake(name=name)(x)
+    return elu(x) if config.activation == "elu" else Snake(name=name)(x)
 
 
 class ResidualUnit(nn.Module):

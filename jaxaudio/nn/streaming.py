@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxaudio.ops.activations import snake
 from jaxaudio.ops.conv import conv, conv_transpose, depthwise_conv_transpose
 from jaxaudio.ops.lstm import lstm
 
@@ -294,5 +295,4 @@ class Snake(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Any shape, channels last."""
         alpha = self.param("alpha", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        alpha = alpha.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return x + jnp.sin(alpha * x) ** 2 / (alpha + 1e-9)
+        return snake(x, alpha)

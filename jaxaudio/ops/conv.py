@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxaudio.ops.matmul import project
 
+_FEW_STEPS = 16  # of all rows together, as when a stream's frames are coded one by one
+
 
 def conv(
     x: Float[Array, "B T I"],
@@ -37,6 +39,11 @@ def conv(
     if groups == stride == size == 1:
         return project(x, kernel[0])  # 64 to 64 channels: 6.9 ms, as a convolution 7.8
     on_cpu = jax.default_backend() == "cpu"
+    num_steps = (x.shape[1] - extent) // stride + 1
+    if on_cpu and groups == dilation == 1 and len(x) * num_steps <= _FEW_STEPS:
+        # A product does not rearrange the kernel first: 512 to 1024 channels, K = 16, one step: 1.6 ms, not 3.4.
+        windows = [x[:, step * stride : step * stride + size] for step in range(num_steps)]
+        return project(jnp.stack(windows, axis=1).reshape(len(x), num_steps, -1), kernel.reshape(-1, outputs))
     if on_cpu and groups > 1 == dilation and inputs > 1:
         return _grouped(x, kernel, stride, groups)  # 256 groups of 4 to 4 channels: 6 ms with gradients, not 1000
     flat = on_cpu and groups == dilation == 1
@@ -101,6 +108,8 @@ def conv_transpose(
       (B, (T - 1) * stride + K, O).
     """
     size, inputs, outputs = kernel.shape
+    if jax.default_backend() == "cpu" and x.shape[0] * x.shape[1] <= _FEW_STEPS:
+        return _few_transposed(x, kernel, stride)
     num_blocks = -(-size // stride)
     kernel = jnp.pad(kernel, ((0, num_blocks * stride - size), (0, 0), (0, 0)))
     kernel = kernel.reshape(num_blocks, stride, inputs, outputs).swapaxes(1, 2).reshape(num_blocks, inputs, -1)
@@ -108,6 +117,18 @@ def conv_transpose(
     padded = jnp.pad(x, ((0, 0), (num_blocks - 1, num_blocks - 1), (0, 0)))
     blocks = conv(padded, kernel[::-1])
     return blocks.reshape(len(x), -1, outputs)[:, : (x.shape[1] - 1) * stride + size]
+
+
+def _few_transposed(x, kernel, stride):
+    """A product for each tap, the kernel read as it lies: 1024 to 512 channels, K = 16, two steps: 3.3 ms, not 9.5."""
+    batch, length, inputs = x.shape
+    size, _, outputs = kernel.shape
+    rows = jnp.broadcast_to(x.reshape(1, -1, inputs), (size, batch * length, inputs))
+    pieces = jnp.einsum("KRI,KIO->RKO", rows, kernel).reshape(batch, length, size, outputs)
+    y = jnp.zeros((batch, (length - 1) * stride + size, outputs), pieces.dtype)
+    for step in range(length):
+        y = y.at[:, step * stride : step * stride + size].add(pieces[:, step])
+    return y
 
 
 def depthwise_conv_transpose(

@@ -60,6 +60,7 @@ LAYERS = [
     (45, 8, 1, 5, 3, 2, 1),
     (45, 8, 12, 41, 4, 1, 4),
     (45, 8, 8, 5, 1, 2, 8),
+    (24, 4, 8, 10, 5, 1, 1),  # few outputs
 ]
 
 
@@ -81,7 +82,7 @@ def test_an_input_shorter_than_the_kernel_is_refused():
 TRANSPOSED = [(4, 2), (8, 4), (10, 5), (16, 8), (12, 6), (5, 2), (3, 4), (7, 1), (1, 1), (2, 2)]
 
 
-@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("length", [1, 9])  # two rows: few steps, many
 @pytest.mark.parametrize(("size", "stride"), TRANSPOSED)
 def test_transposed_convolution_and_its_gradients_equal_torchs(length, size, stride):
     x, weight = draw(2, length, 6), draw(6, 3, size)
