@@ -149,7 +149,8 @@ class Codec:
             yield np.asarray(codes[0]), None
         piece = samples.take((first + held) * hop)
         if len(piece):
-            size = chunk + held if state else _bucket(self._num_frames(len(piece)))
+            size = self._num_frames(len(piece))
+            size = _halved(chunk + held, size) if state else _bucket(size)
             codes, _ = self._encode_last([piece], count, size, state)
             yield codes[0][:, : self._num_frames(samples.num_taken) - num_frames], None
 
@@ -200,7 +201,7 @@ class Codec:
                 f"{frames.num_taken} frames are {total} samples, which a recording of {num_samples} has not"
             )
         if len(piece):
-            size = chunk + held if state else _bucket(len(piece))
+            size = _halved(chunk + held, len(piece)) if state else _bucket(len(piece))
             waveform, _ = self._decode(_padded(piece, size).T[None], np.array([len(piece)], np.int32), state)
             # Odd strides may leave a few samples less than a whole frame, see `SEANetConfig.short_transpose`: silence.
             waveform = np.asarray(waveform[0])[: min(num_samples, total - self._short()) - num_written]
@@ -211,7 +212,7 @@ class Codec:
 
     def _piece_frames(self, chunk_s: float) -> tuple[int, int, int]:
         """Frames of the first piece and of the others, and how many must be left for the last."""
-        chunk, seanet = max(1, math.floor(chunk_s * self.config.frame_rate + 1e-9)), self.config.seanet
+        chunk, seanet = max(1, math.ceil(chunk_s * self.config.frame_rate - 1e-9)), self.config.seanet
         if self.config.causal:
             # What is mirrored at the beginning must be there.
             return max(chunk, seanet.kernel_size if seanet.pad_mode == "reflect" else 1), chunk, 0
@@ -291,6 +292,13 @@ def _bucket(num_frames: int) -> int:
     """At least so many frames, of few possible numbers: each is a program to compile."""
     step = 1 << max(0, num_frames.bit_length() - 4)
     return -(-num_frames // step) * step
+
+
+def _halved(most: int, num_frames: int) -> int:
+    """`most` halved as often as it stays at least num_frames: what is left after whole chunks is mostly much less."""
+    while most // 2 >= num_frames:
+        most //= 2
+    return most
 
 
 def _padded(rows: np.ndarray, length: int) -> np.ndarray:
