@@ -125,7 +125,7 @@ class Codec:
         Args:
           blocks: float samples (n, channels), or (n,) of a mono codec, at the codec's rate, n as it comes.
           num_codebooks: how many levels; all if None.
-          chunk_s: how much goes through the model at once, in whole frames, at least one. The codes do not depend on it.
+          chunk_s: how much goes through the model at once, in whole frames, at least one; no code depends on it.
             A causal codec gives frames out as soon as their last sample is there.
         Yields:
           codes (Q, t), and the scales (segments,) of a codec with segments, which come whole; else None.
