@@ -46,6 +46,7 @@ from jaxaudio.ops.codebook_ema import CodebookConfig
 from jaxaudio.ops.spectral_losses import dac_mel_loss, waveform_l1_loss
 from jaxaudio.report.card import Card
 from jaxaudio.train.adversarial import AdversarialLosses, Generated, init_adversarial_state, make_adversarial_step
+from jaxaudio.train.balancer import init_balancer
 from jaxaudio.train.checkpoint import CheckpointError
 from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -65,7 +66,8 @@ CARDS = (
             "Minutes of speech instead of LibriTTS, a few thousand steps instead of a million.",
             "EnCodec's balancer, a waveform loss and DAC's mel distances instead of SoundStream's sums over frames.",
             "Narrow discriminators, that of the spectrograms EnCodec's.",
-            "Codes are dead below a tenth of the mean usage, as in Mimi.",
+            "The discriminators join after 3600 of 4500 steps.",
+            "Codebooks average over fewer steps, and codes are dead below a tenth of the mean usage, as in Mimi.",
         ),
     ),
 )
@@ -96,6 +98,7 @@ class Config:
       waveform_weight, spectral_weight, adversarial_weight, feature_weight: parts of the pull on the reconstruction.
       balancer_decay: of the running norms by which the balancer rescales them.
       commitment_weight: factor of the commitment loss, which the balancer leaves out.
+      adversarial_start: steps without discriminators before those with them, which take three times as long.
       spectral_windows, spectral_mels: of the mel distances.
       optimizer: of both sides.
       data_dir: folder, zip or list of recordings.
@@ -114,21 +117,22 @@ class Config:
         scales=ScaleConfig(downsampling=(1, 2), features=4, max_features=32, strides=(4, 4, 4), groups=(1, 1, 1)),
         multi_scale_stft=MultiScaleSTFTConfig(win_lengths=(512, 256), features=8),
     )
-    codebooks: CodebookConfig = CodebookConfig(kmeans_iterations=20, dead_usage=0.1, dead_is_relative=True)
-    waveform_weight: float = 0.2
-    spectral_weight: float = 0.6
+    codebooks: CodebookConfig = CodebookConfig(decay=0.95, kmeans_iterations=20, dead_usage=0.1, dead_is_relative=True)
+    waveform_weight: float = 0.55
+    spectral_weight: float = 0.25
     adversarial_weight: float = 0.1
     feature_weight: float = 0.1
     balancer_decay: float = 0.99
-    commitment_weight: float = 1.0
+    commitment_weight: float = 10.0
+    adversarial_start: int = 3600
     spectral_windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
     spectral_mels: tuple[int, ...] = (10, 20, 40, 80, 160)
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adam",
-        learning_rate=6e-4,
+        learning_rate=1e-3,
         schedule="cosine",
         warmup_steps=100,
-        num_steps=5000,
+        num_steps=4500,
         b1=0.8,
         b2=0.99,
         clip_norm=30.0,
@@ -150,7 +154,7 @@ class Config:
     crop: CropConfig = CropConfig(num_samples=4800, level="recording_peak", level_db=-1.0, gain=(0.3, 1.0))
     evaluation: EvaluationConfig = EvaluationConfig(num_codebooks=(2, 4, 8, 16))
     batch_size: int = 8
-    num_steps: int = 5000
+    num_steps: int = 4500
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_every: int = 500
@@ -169,18 +173,22 @@ class Config:
 PLACEMENT = ("data_dir", "cache_dir", "mesh", "rules", "cpu_devices")
 
 
-def make_losses(config: Config) -> AdversarialLosses:
-    """What pulls on the reconstruction, each by its weight's part of the whole; the commitment stands beside it."""
+def make_losses(config: Config, *, adversarial: bool) -> AdversarialLosses:
+    """What pulls on the reconstruction, each by its weight's part of the whole; the commitment stands beside it.
+
+    Without `adversarial` the discriminators neither pull nor learn.
+    """
     spectral = functools.partial(
         dac_mel_loss,
         sample_rate=config.model.sample_rate,
         win_lengths=config.spectral_windows,
         num_mels=config.spectral_mels,
     )
+    judged = {"adversarial": lambda real, fake: hinge_generator_loss(fake), "feature": feature_loss}
     return AdversarialLosses(
         reconstruction={"waveform": waveform_l1_loss, "spectral": spectral},
-        adversarial={"adversarial": lambda real, fake: hinge_generator_loss(fake), "feature": feature_loss},
-        discriminator=hinge_discriminator_loss,
+        adversarial=judged if adversarial else dict.fromkeys(judged, _nothing),
+        discriminator=hinge_discriminator_loss if adversarial else _nothing,
         weights={
             "waveform": config.waveform_weight,
             "spectral": config.spectral_weight,
@@ -191,6 +199,10 @@ def make_losses(config: Config) -> AdversarialLosses:
         rescale=True,
         balancer_decay=config.balancer_decay,
     )
+
+
+def _nothing(real, fake):
+    return jnp.zeros(())
 
 
 def main(config: Config, workdir: pathlib.Path) -> None:
@@ -218,7 +230,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         return discriminators.apply({"params": disc_params}, waveform)
 
     crop = jnp.zeros((1, config.crop.num_samples, config.model.channels))
-    losses = make_losses(config)
+    losses = make_losses(config, adversarial=True)
     optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
     state, shardings = init_adversarial_state(
         lambda key: without_codes(model.init(key, crop, jnp.ones(1, jnp.int32))["params"]),
@@ -232,12 +244,12 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         init_codebooks=start_codebooks,
         ema=True,
     )
-    train_step = make_adversarial_step(
+    make_step = functools.partial(
+        make_adversarial_step,
         generate,
         discriminate,
-        losses,
-        optimizer,
-        optimizer,
+        optimizer=optimizer,
+        disc_optimizer=optimizer,
         shardings=shardings,
         batch_sharding=sharding.batch_sharding(mesh, rules),
         disc_probability=config.disc_probability,
@@ -245,6 +257,17 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         ema_decay=config.ema_decay,
         schedule=schedule,
     )
+    plain_step = make_step(losses=make_losses(config, adversarial=False))
+    adversarial_step = make_step(losses=losses)
+
+    def train_step(state, batch, key):
+        step = int(state.step)
+        if step < config.adversarial_start:
+            return plain_step(state, batch, key)
+        if step == config.adversarial_start:  # the running norms of losses that were zero say nothing
+            state = state.replace(balancer=init_balancer(losses.weights))
+        return adversarial_step(state, batch, key)
+
     evaluate = make_evaluate(model, recordings["valid"], config.evaluation, mesh, rules)
 
     trained = train(config, workdir, state, train_step, batches, train_key, evaluate, mesh, rules)

@@ -72,7 +72,7 @@ def tiny(config, data_dir, **fields):
 def test_soundstream_on_speech(data_dir, tmp_path, capsys):
     config = soundstream_speech.Config()
     optimizer = dataclasses.replace(config.optimizer, num_steps=2, warmup_steps=1)
-    config = tiny(config, data_dir, optimizer=optimizer, spectral_mels=(8,))
+    config = tiny(config, data_dir, optimizer=optimizer, spectral_mels=(8,), adversarial_start=1)
     soundstream_speech.main(config, tmp_path)
     assert re.search(r"6 kbps: mel distance [\d.]+, SI-SNR -?[\d.]+ dB", capsys.readouterr().out)
     assert configs.from_json(soundstream_speech.Config, (tmp_path / "config.json").read_text()) == config
@@ -88,6 +88,9 @@ def test_soundstream_on_speech(data_dir, tmp_path, capsys):
     shares = [value for name, value in first.items() if name.startswith("train/share/")]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert len(shares) == 4
+    assert first["train/share/adversarial"] == first["train/share/feature"] == 0  # the discriminators join later
+    assert lines[1]["train/share/adversarial"] > 0
+    assert lines[1]["train/share/feature"] > 0
     assert {f"train/{name}/{level}" for name in ("perplexity", "dead_codes") for level in range(3)} <= set(first)
     assert {"validation/si_snr/2", "validation/mel_distance/6"} <= set(lines[-1])
     page = (tmp_path / "report.html").read_text()
@@ -230,7 +233,7 @@ def test_codes_without_gradients_are_counted():
 
 
 def test_fields_that_do_not_fit():
-    with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 5000"):
+    with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 4500"):
         dataclasses.replace(soundstream_speech.Config(), num_steps=7)
     with pytest.raises(ValueError, match="model.denoising=True, but crop.denoise_rate=None"):
         dataclasses.replace(soundstream_24khz.ROWS["denoising"], crop=CropConfig(100))
