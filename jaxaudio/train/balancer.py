@@ -3,7 +3,7 @@
 Défossez et al. 2022, https://arxiv.org/abs/2210.13438, section 3.4, equation 5. Used in a generator's step:
 
     reconstruction, pull_back = jax.vjp(generate, params)
-    values, gradients = loss_gradients(losses, reconstruction)
+    gradients = {name: jax.grad(loss)(reconstruction) for name, loss in losses.items()}
     balanced = balance(gradients, state, weights)
     (parameter_gradients,) = pull_back(balanced.gradient)
 
@@ -11,10 +11,9 @@ Losses that do not act through the reconstruction (commitment) stay outside: let
 hand their weights to `pull_back` beside the balanced gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -64,7 +63,7 @@ def balance(
     On a mesh the batch is the global one.
 
     Args:
-      gradients: of each loss with respect to the reconstruction, as `loss_gradients` gives them.
+      gradients: of each loss with respect to the reconstruction.
       state: from the step before, or `init_balancer`.
       weights: of each loss.
       decay: of the running average.
@@ -96,25 +95,6 @@ def balance(
     total_pull = sum(pulls.values()) + epsilon
     shares = {name: pull / total_pull for name, pull in pulls.items()}
     return Balanced(gradient, BalancerState(norm_sums, count), shares, norms)
-
-
-def loss_gradients(
-    losses: Callable[[Array], Mapping[str, Array]], reconstruction: Float[Array, "B *rest"]
-) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, "B *rest"]]]:
-    """Each loss and its gradient with respect to the reconstruction.
-
-    One reverse pass for each loss, through that loss alone. What the losses share (a discriminator's pass over the
-    reconstruction) is written down once for each and computed once, because XLA merges equal computations under jit.
-
-    Args:
-      losses: of a reconstruction, scalars by name.
-      reconstruction: what the generator made.
-    Returns:
-      (values, gradients), both by name.
-    """
-    names = list(jax.eval_shape(losses, reconstruction))
-    pairs = {name: jax.value_and_grad(lambda x, name=name: losses(x)[name])(reconstruction) for name in names}
-    return {name: value for name, (value, _) in pairs.items()}, {name: grad for name, (_, grad) in pairs.items()}
 
 
 def _row_norms(gradient: Array) -> Array:
