@@ -161,10 +161,10 @@ def test_splits_are_loaded_apart(data_dir):
     assert codec_training.describe(splits).startswith(f"Recordings: {len(names['train'])} (0.0 minutes) in train, ")
     with pytest.raises(ValueError, match="in the split 'valid'"):
         codec_training.load_splits(data_dir, dataclasses.replace(split, valid_rate=0.0), sample_rate=8000, channels=1)
-    soundfile.write(data_dir / "copy.wav", soundfile.read(data_dir / "02.wav")[0], 16_000, subtype="FLOAT")
-    with pytest.raises(ValueError, match=r"02.wav of test has the samples of copy.wav of train"):
+    soundfile.write(data_dir / "same.wav", soundfile.read(data_dir / "02.wav")[0], 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"02.wav of test has the samples of same.wav of train"):
         codec_training.load_splits(data_dir, dataclasses.replace(split, valid=("00",)), sample_rate=8000, channels=1)
-    (data_dir / "copy.wav").unlink()
+    (data_dir / "same.wav").unlink()
 
 
 class Louder:

@@ -120,3 +120,14 @@ def test_bad_audio_is_refused():
         spectrogram_figure(np.zeros(8, np.int16), 16_000)
     with pytest.raises(ValueError, match=r"inf at 1\.0001 s"):
         spectrogram_figure([NOISE, np.array([0, 0, np.inf], np.float32)], 16_000)
+
+
+def test_compared_spectrograms_have_one_scale():
+    """A tone and the same 20 dB below: both at their frequency, the second 20 dB darker on the scale of the first."""
+    figure = spectrogram.compare_spectrograms({"loud": TONE, "soft": 0.1 * TONE}, 16_000)
+    pictures = [axes.images[0] for axes in figure.axes]
+    loud, soft = (np.asarray(picture.get_array()) for picture in pictures)
+    assert loud[:, 50].argmax() == soft[:, 50].argmax() == 1000 / (16_000 / 512)
+    assert loud.max() - soft.max() == pytest.approx(20, abs=1e-3)
+    assert [picture.get_clim() for picture in pictures] == [(loud.max() - 80, loud.max())] * 2
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["loud", "soft"]
