@@ -307,6 +307,6 @@ def _read(step: int, metrics: Mapping[str, jax.Array], batch: Any, workdir: str 
 
 
 def _count_tokens(batch: Mapping[str, np.ndarray]) -> int:
-    """Targets of a batch over all processes: its mask where it has one, else the size of its first array."""
-    counted = batch["mask"].sum() if "mask" in batch else next(iter(batch.values())).size
+    """Targets of a batch over all processes: its mask where it has one, else the size of its largest array."""
+    counted = batch["mask"].sum() if "mask" in batch else max(array.size for array in batch.values())
     return int(counted) * jax.process_count()
