@@ -57,7 +57,9 @@ def test_film_acts_on_the_rows_that_are_to_be_denoised(denoiser):
     np.testing.assert_array_equal(mixed[0], kept[0])
     assert (mixed[1] != kept[1]).any()
     latents = model.apply(variables, waveform, method=lambda m, x: m.encoder(x, Stream()))
-    expected = model.apply(variables, 0.5 * latents + jnp.arange(4.0)[None, None], method=lambda m, x: m.quantizer.encode(x, 3))
+    expected = model.apply(
+        variables, 0.5 * latents + jnp.arange(4.0)[None, None], method=lambda m, x: m.quantizer.encode(x, 3)
+    )
     np.testing.assert_array_equal(mixed[1], expected[1])
     trained, quantized = model.apply(variables, waveform, jnp.array([3, 3]), jnp.array([False, True]))
     np.testing.assert_array_equal(quantized.codes, mixed)
