@@ -48,8 +48,10 @@ def random_params(module, channels):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        shift = 1 if path[-1].key == "alpha" else 0  # near zero, Snake makes its input's square of it, layer by layer
-        return rng.uniform(-0.5 + shift, 0.5 + shift, leaf.shape).astype(np.float32)
+        middle = 1 if path[-1].key == "alpha" else 0
+        # By fan-in, so that outputs are of order one and the tolerance, which is absolute, means the same for all nets.
+        width = 0.5 if leaf.ndim == 1 else 1.5 * np.prod(leaf.shape[:-1]) ** -0.5
+        return rng.uniform(middle - width, middle + width, leaf.shape).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, params)
 
