@@ -204,7 +204,7 @@ class Codec:
             size = _halved(chunk + held, len(piece)) if state else _bucket(len(piece))
             waveform, _ = self._decode(_padded(piece, size).T[None], np.array([len(piece)], np.int32), state)
             # Odd strides may leave a few samples less than a whole frame, see `SEANetConfig.short_transpose`: silence.
-            waveform = np.asarray(waveform[0])[: min(num_samples, total - self._short()) - num_written]
+            waveform = np.asarray(waveform[0])[: min(num_samples, total - _short_samples(self.config)) - num_written]
             yield _padded(waveform, num_samples - num_written)
 
     def _num_frames(self, num_samples: int) -> int:
@@ -217,10 +217,6 @@ class Codec:
             # What is mirrored at the beginning must be there.
             return max(chunk, seanet.kernel_size if seanet.pad_mode == "reflect" else 1), chunk, 0
         return max(chunk, _LOOK_AHEAD), chunk, 1
-
-    def _short(self) -> int:
-        """Samples that the model gives less than num_frames * hop_length."""
-        return _short_samples(self.config) if self.config.seanet.short_transpose else 0
 
     def _encode(self, count, waveform, lengths=None, state=None, last=True):
         return _encode(self.model, count, last, self.params, waveform, lengths, state)
@@ -281,6 +277,8 @@ def _decode(model, last, params, codes, lengths, state):
 
 def _short_samples(config: CodecConfig) -> int:
     """How much shorter than whole frames the decoder's output is: a step at the rate of each odd stride's output."""
+    if not config.seanet.short_transpose:
+        return 0
     short, length = 0, config.hop_length
     for stride in reversed(config.seanet.strides):
         length //= stride

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxaudio.ops import dropout as dropout_ops
@@ -24,6 +25,14 @@ def kernel_init(name: KernelInit, num_input_axes: int, rank: int) -> nn.initiali
     mode, distribution = {"xavier_uniform": ("fan_avg", "uniform"), "fan_in_normal": ("fan_in", "normal")}[name]
     inputs, outputs = tuple(range(num_input_axes)), tuple(range(num_input_axes, rank))
     return nn.initializers.variance_scaling(1.0, mode, distribution, in_axis=inputs, out_axis=outputs)
+
+
+def weight_normed(direction: jax.Array | np.ndarray, magnitude: jax.Array | np.ndarray) -> jax.Array:
+    """The kernel of a direction and its magnitudes, which have one axis and 1 in place of the others (Salimans & Kingma
+    2016, equation 2).
+    """
+    axes = tuple(axis for axis in range(direction.ndim) if magnitude.shape[axis] != direction.shape[axis])
+    return direction * (magnitude / jnp.sqrt(jnp.sum(direction**2, axes, keepdims=True)))
 
 
 class Projection(nn.Module):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxaudio.nn.layers import weight_normed
 from jaxaudio.ops.conv import conv
 from jaxaudio.ops.conv2d import conv2d
 
@@ -52,7 +53,7 @@ class NormConv(nn.Module):
         if self.weight_norm:
             norm = jnp.sqrt(jnp.sum(kernel**2, axis=tuple(range(rank + 1))))
             magnitude = self.param("magnitude", nn.with_logical_partitioning(lambda _: norm, ("conv",)))
-            kernel = kernel * (magnitude / norm).reshape((1,) * (rank + 1) + (-1,))
+            kernel = weight_normed(kernel, magnitude.reshape((1,) * (rank + 1) + (-1,)))
         bias = self.param("bias", nn.with_logical_partitioning(uniform, ("conv",)), (self.features,), jnp.float32)
         strides = self.strides or (1,) * rank
         x = jnp.pad(x, ((0, 0), *self._pads(x.shape[1:-1], strides), (0, 0)))

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxaudio.nn.streaming import PadMode, Snake, Stream, StreamConv, StreamConvTranspose, StreamLSTM, weight_normed
+from jaxaudio.nn.layers import weight_normed
+from jaxaudio.nn.streaming import PadMode, Snake, Stream, StreamConv, StreamConvTranspose, StreamLSTM
 from jaxaudio.ops.activations import elu
 
 
@@ -214,4 +215,4 @@ def fold_weight_norm(params: Any) -> Any:
     if "direction" not in params:
         return {name: fold_weight_norm(value) for name, value in params.items()}
     folded = {name: value for name, value in params.items() if name not in ("direction", "magnitude")}
-    return folded | {"kernel": weight_normed(jnp.asarray(params["direction"]), jnp.asarray(params["magnitude"]))}
+    return folded | {"kernel": weight_normed(params["direction"], params["magnitude"])}

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxaudio.nn.layers import weight_normed
 from jaxaudio.ops.activations import snake
 from jaxaudio.ops.conv import conv, conv_transpose, depthwise_conv_transpose
 from jaxaudio.ops.lstm import lstm
@@ -108,12 +109,6 @@ def pad_time(
 def _uniform(fan_in: int) -> nn.initializers.Initializer:
     """torch's initial weights of a convolution, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-
-def weight_normed(direction: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """The kernel of a direction (K, I, O) and magnitudes (1, 1, O) or (1, I, 1): Salimans & Kingma 2016, equation 2."""
-    axes = tuple(axis for axis in range(3) if magnitude.shape[axis] != direction.shape[axis])
-    return direction * (magnitude / jnp.sqrt(jnp.sum(direction**2, axes, keepdims=True)))
 
 
 class _Kernel(nn.Module):
@@ -252,20 +247,15 @@ class StreamConvTranspose(_Kernel):
         y = self._biased(y)
         begin = left if stream.first else 0
         end = y.shape[1] - right if stream.last else ready
-        if lengths is not None:
-            full = (lengths - 1) * stride + self.shape[0]
-            y = self._normed(y, full, stream)
-            stream.lengths = full - right - begin
-        else:
-            y = self._normed(y, None, stream)
-        return y[:, begin:end]
+        full = None if lengths is None else (lengths - 1) * stride + self.shape[0]
+        stream.lengths = None if full is None else full - right - begin
+        return self._normed(y, full, stream)[:, begin:end]
 
 
 class StreamLSTM(nn.Module):
     """Layers of LSTM as wide as their input, with one residual sum around all of them."""
 
     num_layers: int
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
