@@ -269,6 +269,7 @@ def decode(
     *,
     requests: Sequence[tuple[int, ...]] | None = None,
     group_size: int | None = None,
+    fit_prompts: bool = False,
 ) -> list[DecodingResult | None]:
     """Decodes each window by its options.
 
@@ -285,6 +286,8 @@ def decode(
       requests: numbers that name each window's draws, such as (file, position, attempt); its place if None. A result
         depends on its own numbers and never on the batch.
       group_size: hypotheses per window that the program is made for; the largest width in `options` if None.
+      fit_prompts: True makes the program for prompts as long as these, so that no step attends to a context of empty
+        slots: for callers whose prompts stay as they are. False makes it for any.
     Returns:
       One result per window, None where the options are.
     Raises:
@@ -304,7 +307,7 @@ def decode(
     if group_size < needed:
         raise ValueError(f"group_size must be at least {needed} for these options, got {group_size}")
     text_length = model.config.text_length
-    prompts = _prompts(tokenizer, rows, text_length)
+    prompts = _prompts(tokenizer, rows, text_length, fit_prompts)
     limits = [row.sample_len or text_length // 2 for row in rows]
     limits = np.minimum(limits, text_length + 1 - prompts.lengths).astype(np.int32)
     max_tokens = text_length // 2 if limits.max() <= text_length // 2 else text_length
@@ -327,7 +330,7 @@ def decode(
     ]
 
 
-def _prompts(tokenizer, rows, text_length) -> _Prompts:
+def _prompts(tokenizer, rows, text_length, fit) -> _Prompts:
     half = text_length // 2
     texts, starts = [], []
     for row in rows:
@@ -349,7 +352,8 @@ def _prompts(tokenizer, rows, text_length) -> _Prompts:
     longest = max(map(len, texts))
     if longest > text_length:
         raise ValueError(f"prompt and prefix have {longest} tokens, more than the decoder's {text_length} positions")
-    room = half + 8 if longest <= half + 8 else text_length
+    any_length = half + 8 if longest <= half + 8 else text_length
+    room = longest if fit else any_length
     room = -(-room // _CHUNK) * _CHUNK
     tokens = np.full((len(texts), room), tokenizer.eot, np.int32)
     for row, text in enumerate(texts):
@@ -444,7 +448,8 @@ def _decode(static, params, memory, prompts, rules, search, keys):
     state = beam.start(search, group_size, max_tokens, max_finished, ids.eot)
     logits = jnp.broadcast_to(logits_of(hidden), (batch, group_size, config.vocab_size))
     state = choose(state, logits)
-    return decode_loop(next_logits, choose, lambda state: jnp.all(state.done), state, cache), no_speech
+    state, _ = decode_loop(next_logits, choose, lambda state: jnp.all(state.done), state, cache)
+    return state, no_speech
 
 
 def _result(tokenizer, state, audio, options, no_speech, eot) -> DecodingResult:

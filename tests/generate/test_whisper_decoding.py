@@ -201,6 +201,15 @@ def test_one_program_serves_all_options(pair):
     assert decoding._decode._cache_size() - before <= 2
 
 
+def test_slots_that_no_prompt_fills_change_nothing(pair):
+    for prompts in [((), (1000, 50400), ()), ((), (1000,) * 20, (1001, 1002))]:
+        rows = [DecodingOptions(language="en", prompt=prompt) for prompt in prompts]
+        for any_length, fitted in zip(pair.ours(rows), pair.ours(rows, fit_prompts=True), strict=True):
+            assert fitted.tokens == any_length.tokens
+            np.testing.assert_allclose(fitted.avg_logprob, any_length.avg_logprob, atol=1e-5)
+            np.testing.assert_allclose(fitted.no_speech_prob, any_length.no_speech_prob, atol=1e-5)
+
+
 def test_language_probabilities_equal_openai_whisper(pair):
     _, theirs = pair.peer.detect_language(pair.features)
     for ours, expected in zip(
