@@ -8,14 +8,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam or AdamW with global-norm clipping and a schedule.
+    """Adam, AdamW or Muon with global-norm clipping and a schedule.
 
     Args:
-      name: "adamw" adds `weight_decay` times the parameter to the update, except for biases and norm scales.
+      name: "adamw" adds `weight_decay` times the parameter to the update, except for biases and norm scales. "muon" is
+        for nets of convolutions over time: the kernels (K, I, O) with several channels on both sides take steps of one
+        size in all directions (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with the scale 0.2 of
+        Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), all other parameters Adam's with Nesterov.
       learning_rate: the peak, reached after the warm-up; for "noam" the factor c of its formula.
       schedule: what follows the linear warm-up, see `make_schedule`.
       warmup_steps: updates until the peak; 0 starts at the peak.
@@ -32,7 +36,7 @@ class OptimizerConfig:
       ValueError: a field that the schedule or optimizer needs is missing, or one that it would ignore is set.
     """
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "muon"] = "adam"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "linear", "exponential", "rsqrt", "noam"] = "constant"
     warmup_steps: int = 0
@@ -104,24 +108,46 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam (Kingma & Ba 2015, algorithm 1), decoupled weight decay, learning rate.
+    """Clipping, Adam (Kingma & Ba 2015, algorithm 1) or Muon, decoupled weight decay, learning rate.
 
-    The state's layout depends on no option but `frozen`, so a checkpoint fits a run that changes the others.
+    The state's layout depends on no option but `frozen` and "muon", so a checkpoint fits a run that changes the others.
 
     Raises:
       ValueError: when its state is made, if an expression of `frozen` is found in no parameter's path.
     """
     identity = optax.identity()
-    optimizer = optax.chain(
-        identity if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else identity,
-        optax.scale_by_learning_rate(make_schedule(config)),
-    )
+    clip = identity if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "muon":
+        optimizer = optax.chain(clip, _muon(config))
+    else:
+        optimizer = optax.chain(
+            clip,
+            optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+            optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else identity,
+            optax.scale_by_learning_rate(make_schedule(config)),
+        )
     if not config.frozen:
         return optimizer
     transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
     return optax.multi_transform(transforms, lambda params: _labels(params, config.frozen))
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    def matrices(params: Any) -> Any:
+        def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+            is_kernel = "kernel" in jax.tree_util.keystr(path) and leaf.ndim == 3 and min(leaf.shape[1:]) > 1
+            return optax.contrib.MuonDimensionNumbers((0, 1), 2) if is_kernel else None
+
+        return jax.tree_util.tree_map_with_path(axes, params)
+
+    return optax.contrib.muon(
+        make_schedule(config),
+        consistent_rms=0.2,
+        eps=config.epsilon,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=matrices,
+    )
 
 
 def _labels(params: Any, frozen: tuple[str, ...]) -> Any:

@@ -101,6 +101,30 @@ def test_adamw_equals_optax():
         np.testing.assert_allclose(our_updates["kernel"], their_updates["kernel"], rtol=1e-6)
 
 
+def test_muon_by_hand():
+    """Kernels of several channels: Newton-Schulz of the momentum (Jordan et al. 2024); all others: Adam with Nesterov."""
+    rng = np.random.default_rng(0)
+    params = {"conv": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones(5)}, "conv_in": {"kernel": jnp.ones((3, 1, 5))}}
+    config = OptimizerConfig(name="muon", learning_rate=0.1, b1=0.8, b2=0.9)
+    optimizer, adam = make_optimizer(config), optax.adam(0.1, b1=0.8, b2=0.9, nesterov=True)
+    state, adam_state = optimizer.init(params), adam.init(params)
+    momentum = np.zeros((12, 5))
+    for step in range(1, 4):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params)
+        grad = np.asarray(grads["conv"]["kernel"], np.float64).reshape(12, 5)
+        momentum = 0.95 * momentum + 0.05 * grad
+        x = 0.95 * momentum / (1 - 0.95 ** (step + 1)) + 0.05 * grad / (1 - 0.95**step)
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            square = x.T @ x
+            x = x @ (3.4445 * np.eye(5) - 4.7750 * square + 2.0315 * square @ square)
+        updates, state = optimizer.update(grads, state, params)
+        others, adam_state = adam.update(grads, adam_state, params)
+        np.testing.assert_allclose(updates["conv"]["kernel"].reshape(12, 5), -0.1 * 0.2 * 12**0.5 * x, atol=1e-5)
+        np.testing.assert_allclose(updates["conv"]["bias"], others["conv"]["bias"], rtol=1e-5)
+        np.testing.assert_allclose(updates["conv_in"]["kernel"], others["conv_in"]["kernel"], rtol=1e-5)
+
+
 def test_the_state_layout_does_not_depend_on_the_options():
     params = {"kernel": jnp.zeros((2, 2))}
     plain = make_optimizer(OptimizerConfig()).init(params)
