@@ -162,6 +162,7 @@ def make_adversarial_step(
     *,
     shardings: AdversarialState,
     batch_sharding: NamedSharding,
+    adversarial: bool = True,
     disc_probability: float = 1.0,
     disc_first: bool = True,
     update_codebooks: UpdateCodebooks | None = None,
@@ -181,6 +182,7 @@ def make_adversarial_step(
       disc_optimizer: of the discriminators.
       shardings: of the state, from `init_adversarial_state`.
       batch_sharding: of every array in the batch.
+      adversarial: False leaves the discriminators as they are and unasked: their losses are 0.
       disc_probability: that the discriminators learn from a step; 2/3 in EnCodec's section 3.4.
       disc_first: the generator meets the discriminators after their update, as in DAC; else before it.
       update_codebooks: (params, codebook state, quantized, key) -> (params with the new codebooks, state, metrics).
@@ -211,19 +213,22 @@ def make_adversarial_step(
         return optax.apply_updates(state.disc_params, updates), opt_state, optax.tree.norm(grads)
 
     def maybe_learn(learns: jax.Array, state: AdversarialState, generated: Generated) -> tuple[Any, Any, jax.Array]:
+        keep = state.disc_params, state.disc_opt_state, jnp.zeros(())
+        if not adversarial:
+            return keep
         if disc_probability == 1:
             return learn_to_discriminate(state, generated)
-        keep = state.disc_params, state.disc_opt_state, jnp.zeros(())
         return jax.lax.cond(learns, lambda: learn_to_discriminate(state, generated), lambda: keep)
 
     def train_step(state: AdversarialState, batch: Any, key: jax.Array) -> tuple[AdversarialState, dict[str, Any]]:
         require_mesh(batch_sharding)
         generate_key, disc_key, codebook_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         generated, pull_back = _generate(generate, losses, state.params, batch, generate_key)
-        learns = jax.random.uniform(disc_key) < disc_probability
+        learns = adversarial & (jax.random.uniform(disc_key) < disc_probability)
         disc_params, disc_opt_state, disc_grad_norm = maybe_learn(learns, state, generated)
         met = disc_params if disc_first else state.disc_params
-        gradient, balancer, metrics = _judge(discriminate, losses, met, generated, state.balancer)
+        judge = functools.partial(discriminate, met) if adversarial else None
+        gradient, balancer, metrics = _judge(judge, losses, generated, state.balancer)
         grads = jax.lax.with_sharding_constraint(pull_back(gradient), shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, codebooks = optax.apply_updates(state.params, updates), state.codebooks
@@ -267,24 +272,28 @@ def _generate(
 
 
 def _judge(
-    discriminate: Discriminate, losses: AdversarialLosses, disc_params: Any, generated: Generated, state: BalancerState
+    judge: Callable[[Any], Any] | None, losses: AdversarialLosses, generated: Generated, state: BalancerState
 ) -> tuple[jax.Array, BalancerState, dict[str, jax.Array]]:
     """The gradient of the reconstruction, the balancer's new state, and all losses' values and shares."""
     target, reconstruction = generated.target, generated.reconstruction
-    real = discriminate(disc_params, target)
-    fake, pull_back = jax.vjp(functools.partial(discriminate, disc_params), reconstruction)
-    values, grads = {}, {}
+    values = dict.fromkeys(losses.adversarial, jnp.zeros(()))
+    grads = dict.fromkeys(losses.adversarial, jnp.zeros_like(reconstruction))
+    discriminator_loss = jnp.zeros(())
     for name, loss in losses.reconstruction.items():
         values[name], grads[name] = jax.value_and_grad(functools.partial(loss, target))(reconstruction)
-    for name, loss in losses.adversarial.items():
-        values[name], judgement_grads = jax.value_and_grad(functools.partial(loss, real))(fake)
-        (grads[name],) = pull_back(judgement_grads)
+    if judge is not None:
+        real = judge(target)
+        fake, pull_back = jax.vjp(judge, reconstruction)
+        for name, loss in losses.adversarial.items():
+            values[name], judgement_grads = jax.value_and_grad(functools.partial(loss, real))(fake)
+            (grads[name],) = pull_back(judgement_grads)
+        discriminator_loss = losses.discriminator(real, fake)
     balanced = balance(grads, state, losses.weights, rescale=losses.rescale)
     values |= generated.penalties
     weights = {**losses.weights, **losses.penalty_weights}
     metrics = {"loss": sum(weights[name] * value for name, value in values.items())} | values
     metrics |= {f"share/{name}": share for name, share in balanced.shares.items()}
-    metrics["discriminator_loss"] = losses.discriminator(real, fake)
+    metrics["discriminator_loss"] = discriminator_loss
     return balanced.gradient, balanced.state, metrics
 
 
