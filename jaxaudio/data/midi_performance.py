@@ -7,7 +7,7 @@ seconds by the same arithmetic, so that quantised times agree to the last step.
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -44,13 +44,15 @@ def read_performance(source: str | os.PathLike | bytes) -> Performance:
             raise FileNotFoundError(f"There is no MIDI file {source}.")
         name, content = str(source), pathlib.Path(source).read_bytes()
     ticks_per_beat, tracks = _chunks(content, name)
-
-    notes, pedals, tempos, parts, num_dropped = [], [], [], {}, 0
-    for index, track in enumerate(tracks):
-        num_dropped += _read_track(_messages(track, f"{name}, track {index},"), index, parts, notes, pedals, tempos)
-    if not notes:
+    streams = [_messages(track, f"{name}, track {index},") for index, track in enumerate(tracks)]
+    try:
+        messages = [np.fromiter(stream, np.int64) for stream in streams]
+    except OverflowError as error:
+        raise MidiError(f"{name} is broken: it lasts 2^31 ticks or more.") from error
+    performance = _performance(messages, ticks_per_beat)
+    if not len(performance.notes):
         raise MidiError(f"{name} is a MIDI file without complete notes ({len(tracks)} tracks); give one that has some.")
-    return _performance(notes, pedals, tempos, parts, ticks_per_beat, num_dropped)
+    return performance
 
 
 def _chunks(content: bytes, name: str) -> tuple[int, list[bytes]]:
@@ -76,12 +78,15 @@ def _chunks(content: bytes, name: str) -> tuple[int, list[bytes]]:
     return division, tracks
 
 
-def _messages(track: bytes, name: str) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (tick, status, two data bytes) of notes and controllers, and (tick, META, tempo, 0)."""
+def _messages(track: bytes, name: str) -> Iterator[int]:
+    """Yields 32 bits of tick, 8 of status and 24 of data for every message of a note, the pedal and the tempo."""
     position, tick, running = 0, 0, 0
     try:
         while position < len(track):
-            delta, position = _number(track, position, name)
+            delta = track[position]
+            position += 1
+            if delta >= 0x80:
+                delta, position = _number(track, position - 1, name)
             tick += delta
             status = track[position]
             if status < 0x80:
@@ -100,17 +105,18 @@ def _messages(track: bytes, name: str) -> Iterator[tuple[int, int, int, int]]:
                 if (first | second) & 0x80:
                     raise MidiError(f"{name} is broken: a status byte stands among the data before byte {position}.")
                 if status < 0xA0 or (status & 0xF0 == CONTROL_CHANGE and first == SUSTAIN_PEDAL):
-                    yield tick, status, first, second
+                    yield tick << 32 | status << 24 | first << 8 | second
             elif status in (META, SYSTEM_EXCLUSIVE, ESCAPE):
                 is_tempo = status == META and track[position] == SET_TEMPO
                 length, position = _number(track, position + (status == META), name)
                 if is_tempo:
-                    yield tick, META, int.from_bytes(track[position : position + length]), 0
+                    tempo = int.from_bytes(track[position : position + length])
+                    if length != 3 or not tempo:
+                        raise MidiError(f"{name} is broken: a tempo of {tempo} microseconds in {length} bytes.")
+                    yield tick << 32 | META << 24 | tempo
                 position += length
             else:
-                raise MidiError(
-                    f"{name} is broken: no message can begin with {track[position - 1]:#04x} at {position}."
-                )
+                raise MidiError(f"{name} is broken: no message begins with {status:#04x}, before byte {position}.")
     except IndexError as error:
         raise MidiError(f"{name} is truncated: it ends inside a message; get a whole copy.") from error
     if position > len(track):
@@ -130,63 +136,80 @@ def _number(track: bytes, position: int, name: str) -> tuple[int, int]:
     return number, position + 1
 
 
-def _read_track(messages: Iterator[tuple[int, int, int, int]], track: int, parts, notes, pedals, tempos) -> int:
-    """Adds (start, end, pitch, velocity, part), (tick, down, (track, channel)), (tick, tempo); counts dropped notes."""
-    sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    num_dropped = 0
-    for tick, status, first, second in messages:
-        channel = status & 0x0F
-        if status == META:
-            tempos.append((tick, first))
-        elif status >= CONTROL_CHANGE:
-            pedals.append((tick, second >= PEDAL_DOWN, (track, channel)))
-        elif status >= NOTE_ON and second > 0:
-            sounding.setdefault((channel, first), []).append((tick, second))
-        else:
-            started = sounding.pop((channel, first), ())
-            ended = [start for start in started if start[0] != tick]
-            if ended:
-                part = parts.setdefault((track, channel), len(parts))
-                notes += [(start, tick, first, velocity, part) for start, velocity in ended]
-            if len(ended) < len(started):
-                if ended:
-                    sounding[channel, first] = [start for start in started if start[0] == tick]
-                else:
-                    num_dropped += len(started)
-    return num_dropped + sum(map(len, sounding.values()))
+def _performance(tracks: Sequence[np.ndarray], ticks_per_beat: int) -> Performance:
+    messages = np.concatenate([np.zeros(0, np.int64), *tracks])
+    track = np.repeat(np.arange(len(tracks)), [len(messages) for messages in tracks])
+    tick, status, first, second = messages >> 32, messages >> 24 & 0xFF, messages >> 8 & 0xFF, messages & 0xFF
+    channel = track << 4 | status & 0x0F
+    is_tempo = status == META
+    changes = _tempo_changes(tick[is_tempo], messages[is_tempo] & 0xFFFFFF, ticks_per_beat)
 
+    is_note = np.flatnonzero(status < NOTE_ON + 0x10)
+    is_on = (status >= NOTE_ON) & (second > 0)
+    on, off = (is_note[index] for index in _pair(tick[is_note], (channel << 7 | first)[is_note], is_on[is_note]))
+    # note-seq lists part after part, the one that first ends a note first, and orders by start and pitch.
+    part_channels, first_end = np.unique(channel[on][np.argsort(off)], return_index=True)
+    part_of_channel = np.full(16 * len(tracks), -1, np.int32)
+    part_of_channel[part_channels[np.argsort(first_end)]] = np.arange(len(part_channels))
+    part, start_s = part_of_channel[channel[on]], _seconds(tick[on], changes)
+    order = np.lexsort((on, part, first[on], start_s))
+    on, off = on[order], off[order]
 
-def _performance(notes, pedals, tempos, parts, ticks_per_beat: int, num_dropped: int) -> Performance:
-    start, end, pitch, velocity, part = np.array(notes, np.int64).T
-    seconds = _seconds(np.concatenate([start, end]), tempos, ticks_per_beat)
-    start_s, end_s = seconds[: len(start)], seconds[len(start) :]
-    # note-seq lists part after part, and orders by start and pitch; equal ones stay as they are.
-    order = np.lexsort((part, pitch, start_s))
-    array = NoteArray(start_s, end_s, pitch.astype(np.int32), velocity.astype(np.int32))[order]
-    pedals = [(tick, down, parts[key]) for tick, down, key in pedals if key in parts and key[1] != DRUM_CHANNEL]
-    pedal_tick, down, pedal_part = np.array(pedals, np.int64).reshape(-1, 3).T
+    is_pedal = (status & 0xF0 == CONTROL_CHANGE) & (status & 0x0F != DRUM_CHANNEL)
+    is_pedal[is_pedal] = part_of_channel[channel[is_pedal]] >= 0
     return Performance(
-        notes=array,
-        part=part[order].astype(np.int32),
-        pedal_s=_seconds(pedal_tick, tempos, ticks_per_beat),
-        pedal_down=down.astype(bool),
-        pedal_part=pedal_part.astype(np.int32),
-        num_dropped=num_dropped,
+        notes=NoteArray(
+            start_s[order], _seconds(tick[off], changes), first[on].astype(np.int32), second[on].astype(np.int32)
+        ),
+        part=part[order],
+        pedal_s=_seconds(tick[is_pedal], changes),
+        pedal_down=second[is_pedal] >= PEDAL_DOWN,
+        pedal_part=part_of_channel[channel[is_pedal]],
+        num_dropped=int(is_on[is_note].sum()) - len(on),
     )
 
 
-def _seconds(ticks: np.ndarray, tempos: list[tuple[int, int]], ticks_per_beat: int) -> np.ndarray:
-    """Seconds (N,) of absolute ticks, by the operations of pretty_midi in their order."""
-    changes = [(0, 60.0 / ((6e7 / DEFAULT_TEMPO_US) * ticks_per_beat), 0.0)]  # tick, seconds per tick, seconds
-    for tick, tempo in sorted(tempos, key=lambda change: change[0]):
-        if tempo <= 0:
-            raise MidiError(f"A tempo of {tempo} microseconds per beat, at tick {tick}, stops the time.")
+def _pair(tick: np.ndarray, key: np.ndarray, is_on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of key downs and of the key ups that end them, by `read_performance`'s rule; all (N,)."""
+    by_key = np.argsort(key, kind="stable")
+    tick, key, is_on = tick[by_key], key[by_key], is_on[by_key]
+    on, off = np.flatnonzero(is_on), np.flatnonzero(~is_on)
+    up = np.cumsum(~is_on)[on]  # which key up comes next
+    released = np.append(key[off], -1)[up] == key[on]
+    on, up = on[released], up[released]
+
+    same_tick = tick[on] == tick[off[up]]
+    ends_earlier, meets_same = np.zeros((2, len(off)), bool)
+    ends_earlier[up[~same_tick]] = True
+    meets_same[up[same_tick]] = True
+    # Whether a key up has one of its own key before it, at an earlier tick: then it ends what went on beyond that one.
+    follows = np.append((np.diff(key[off]) == 0) & (np.diff(tick[off]) > 0), False)
+    goes_on = meets_same & ends_earlier
+    while True:
+        longer = goes_on.copy()
+        longer[1:] |= meets_same[1:] & follows[:-1] & goes_on[:-1]
+        if (longer == goes_on).all():
+            break
+        goes_on = longer
+
+    kept = ~same_tick | (goes_on & follows)[up]
+    return by_key[on[kept]], by_key[off[(up + same_tick)[kept]]]
+
+
+def _tempo_changes(ticks: np.ndarray, tempos: np.ndarray, ticks_per_beat: int) -> tuple[np.ndarray, ...]:
+    """(ticks, seconds per tick, seconds) of the changes, by the operations of pretty_midi in their order."""
+    changes = [(0, 60.0 / ((6e7 / DEFAULT_TEMPO_US) * ticks_per_beat), 0.0)]
+    for tick, tempo in sorted(zip(ticks.tolist(), tempos.tolist(), strict=True), key=lambda change: change[0]):
         scale = 60.0 / ((6e7 / tempo) * ticks_per_beat)
         last_tick, last_scale, last_s = changes[-1]
         if tick == 0:
             changes = [(0, scale, 0.0)]
         elif scale != last_scale:
             changes.append((tick, scale, last_s + last_scale * (tick - last_tick)))
-    change_ticks, scales, seconds = (np.array(column) for column in zip(*changes, strict=True))
+    return tuple(np.array(column) for column in zip(*changes, strict=True))
+
+
+def _seconds(ticks: np.ndarray, changes: tuple[np.ndarray, ...]) -> np.ndarray:
+    change_ticks, scales, seconds = changes
     index = np.searchsorted(change_ticks, ticks, side="right") - 1
     return seconds[index] + scales[index] * (ticks - change_ticks[index])
