@@ -1,7 +1,7 @@
 """The one decode loop of the house: a token at a time, with a cache, inside one compiled `lax.while_loop`."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,58 +54,115 @@ def generate(
     num_tokens = length if num_tokens is None else num_tokens
     if not 0 < num_tokens <= length:
         raise ValueError(f"num_tokens must be in 1..{length} (the context), got {num_tokens}")
-    prompt_lengths = [len(prompt) for prompt in prompts]
-    for row, prompt_length in enumerate(prompt_lengths):
-        if prompt_length > num_tokens:
+    for row, prompt in enumerate(prompts):
+        if len(prompt) > num_tokens:
             raise ValueError(
-                f"prompt {row} has {prompt_length} tokens, more than the {num_tokens} to fill (context {length}); "
+                f"prompt {row} has {len(prompt)} tokens, more than the {num_tokens} to fill (context {length}); "
                 "shorten it"
             )
+    chunks = stream(
+        model,
+        params,
+        key,
+        cache=init_cache(len(prompts), length),
+        prompts=prompts,
+        chunk_length=length,
+        num_tokens=num_tokens,
+        requests=requests,
+        sampling=sampling,
+        allowed=allowed,
+    )
+    return next(chunks)
+
+
+def stream(
+    model: nn.Module,
+    params: Any,
+    key: jax.Array,
+    *,
+    cache: Any,
+    prompts: Sequence[np.ndarray],
+    chunk_length: int,
+    num_tokens: int | None = None,
+    requests: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    allowed: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """Continues each prompt chunk by chunk, as `generate` does, but to any length.
+
+    The cache may be shorter than what is decoded: then each token sees as many positions as the cache holds, and time
+    and memory a token stay the same. One program per (batch size, cache, chunk_length) serves everything.
+
+    Args:
+      model, params, key, requests, sampling, allowed: as for `generate`.
+      cache: an empty cache of the model; its buffers are used up.
+      prompts: B rows of tokens that are forced, of any lengths.
+      chunk_length: tokens between two looks at the result; it changes none.
+      num_tokens: where to stop, prompt included; None goes on for as long as it is asked to.
+    Yields:
+      (B, chunk_length) int32, the next tokens of each row, prompts included; the last chunk may be shorter.
+    Raises:
+      ValueError: requests or sampling are not one per prompt; the message has both numbers.
+    """
     requests = np.arange(len(prompts)) if requests is None else np.asarray(requests)
     sampling = make_sampling(len(prompts)) if sampling is None else sampling
     for name, rows in (("requests", len(requests)), ("sampling", len(sampling.temperature))):
         if rows != len(prompts):
             raise ValueError(f"{name} must have a row for each of {len(prompts)} prompts, got {rows}")
-    forced = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in enumerate(prompts):
-        forced[row, : len(prompt)] = prompt
-    tokens = _decode(
-        model,
-        params,
-        init_cache(len(prompts), length),
-        key,
-        forced,
-        np.asarray(prompt_lengths, np.int32),
-        np.int32(num_tokens),
-        requests.astype(np.uint32),
-        sampling,
-        allowed,
-    )
-    return np.asarray(tokens)[:, :num_tokens]
+    params = _unstacked(params)
+    previous, position = np.zeros((len(prompts), 1), np.int32), 0
+    while num_tokens is None or position < num_tokens:
+        length = chunk_length if num_tokens is None else min(chunk_length, num_tokens - position)
+        forced, is_forced = (np.zeros((len(prompts), chunk_length), dtype) for dtype in (np.int32, bool))
+        for row, prompt in enumerate(prompts):
+            part = prompt[position : position + chunk_length]
+            forced[row, : len(part)] = part
+            is_forced[row, : len(part)] = True
+        tokens, cache = _decode(
+            model,
+            params,
+            cache,
+            key,
+            previous,
+            forced,
+            is_forced,
+            np.int32(position),
+            np.int32(length),
+            requests.astype(np.uint32),
+            sampling,
+            allowed,
+        )
+        tokens = np.asarray(tokens)
+        yield tokens[:, :length]
+        previous, position = tokens[:, -1:], position + length
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(model, params, cache, key, forced, prompt_lengths, num_tokens, requests, sampling, allowed):
-    # Sliced once here, a layer's weights are read in place by every pass of the loop.
-    variables = {"params": unstack_layers(params)}
+# Sliced once, a layer's weights are read in place by every pass of the loop.
+_unstacked = jax.jit(unstack_layers)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(model, params, cache, key, previous, forced, is_forced, start, length, requests, sampling, allowed):
+    """The tokens at positions from `start` on, `previous` (B, 1) being the one before; and the cache after them."""
     row_keys = jax.vmap(lambda request: jax.random.fold_in(key, request))(requests)
 
     def next_logits(state, cache):
-        position, tokens = state
-        previous = lax.dynamic_slice_in_dim(tokens, jnp.maximum(position - 1, 0), 1, axis=1)
-        logits, cache = model.apply(variables, jnp.where(position == 0, 0, previous), cache=cache, position=position)
+        index, tokens = state
+        before = lax.dynamic_slice_in_dim(tokens, jnp.maximum(index - 1, 0), 1, axis=1)
+        inputs = jnp.where(index == 0, previous, before)
+        logits, cache = model.apply({"params": params}, inputs, cache=cache, position=start + index)
         return logits[:, 0], cache
 
     def choose(state, logits):
-        position, tokens = state
+        index, tokens = state
         logits = logits if allowed is None else jnp.where(allowed[None], logits, -jnp.inf)
-        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, position))(row_keys)
-        own = lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)[:, 0]
-        token = jnp.where(position < prompt_lengths, own, sample(keys, logits, sampling))
-        return position + 1, lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
+        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, start + index))(row_keys)
+        own, is_own = (lax.dynamic_slice_in_dim(x, index, 1, axis=1)[:, 0] for x in (tokens, is_forced))
+        token = jnp.where(is_own, own, sample(keys, logits, sampling))
+        return index + 1, lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
 
-    state = decode_loop(next_logits, choose, lambda state: state[0] >= num_tokens, (jnp.int32(0), forced), cache)
-    return state[1]
+    state, cache = decode_loop(next_logits, choose, lambda state: state[0] >= length, (jnp.int32(0), forced), cache)
+    return state[1], cache
 
 
 def decode_loop(
@@ -114,7 +171,7 @@ def decode_loop(
     is_finished: Callable[[Any], jax.Array],
     state: Any,
     cache: Any,
-) -> Any:
+) -> tuple[Any, Any]:
     """A model's pass and a choice, in turns, until finished: the loop of every decoder of the house, for use under jit.
 
     Args:
@@ -122,9 +179,9 @@ def decode_loop(
       choose: (state, logits) -> the state with the next tokens.
       is_finished: state -> whether to stop; asked before each turn.
       state: tokens so far and whatever choosing needs.
-      cache: of the model; it never leaves the loop, so its buffers are updated in place.
+      cache: of the model; its buffers are updated in place.
     Returns:
-      The last state.
+      The last state, and the cache after it.
     """
 
     def turn(carry):
@@ -132,4 +189,4 @@ def decode_loop(
         logits, cache = next_logits(state, cache)
         return choose(state, logits), cache
 
-    return lax.while_loop(lambda carry: ~is_finished(carry[0]), turn, (state, cache))[0]
+    return lax.while_loop(lambda carry: ~is_finished(carry[0]), turn, (state, cache))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxaudio.nn.layers import Norm, constrain
 from jaxaudio.nn.transformer import Transformer, init_caches
 from jaxaudio.nn.transformer_config import TransformerConfig
-from jaxaudio.ops.attention import KVCache, slide_cache
+from jaxaudio.ops.attention import KVCache, update_cache
 from jaxaudio.ops.positions import sinusoids
 
 CONTEXT_S = 3.5  # what a frame sees of the past
@@ -154,7 +154,7 @@ def init_cache(config: EncodecLMConfig, params: Any, batch_size: int) -> tuple[K
             jnp.broadcast_to(layer["attention"][role]["bias"][None, None], (batch_size, 1, config.num_heads, head_dim))
             for role in ("key", "value")
         )
-        return slide_cache(cache, key, value)[1]
+        return update_cache(cache, key, value, jnp.int32(0))
 
     head_dim = config.transformer.query_head_dim
     layers = params["transformer"]["layers"]

@@ -22,7 +22,8 @@ from jaxaudio.ops.attention import (
     cached_attention,
     causal_mask,
     init_cache,
-    slide_cache,
+    roll_cache,
+    slot_positions,
     update_cache,
     weighted_values,
 )
@@ -100,11 +101,8 @@ class Attention(nn.Module):
         if config.positions == "rotary" and not self.cross:
             where = (jnp.arange(x.shape[1]) + (0 if position is None else position))[None]
             query, key = (position_ops.rotate(y, where, base=config.rotary_base) for y in (query, key))
-        if cache is not None and config.window is not None:
-            out, cache = self._slid(query, key, value, cache, position)
-        elif cache is not None:
-            cache = update_cache(cache, key, value, position)
-            out = self._cached(query, cache, position, mask, bias, pitches)
+        if cache is not None:
+            out, cache = self._cached(query, key, value, cache, position, mask, bias, pitches)
         else:
             out = self._full(query, key, value, mask, bias, pitches, deterministic)
         return self._joined(out), cache
@@ -126,30 +124,37 @@ class Attention(nn.Module):
         pitch = self._table("pitch_embeddings", 49)
         return relative_ops.pitch_time_logits(query, time, pitch, query_pitch, query_step, key_pitch, key_step)
 
-    def _cached(self, query, cache, position, mask, bias, pitches):
+    def _cached(self, query, key, value, cache, position, mask, bias, pitches):
+        """Attention to the positions that the cache holds and to new ones, and the cache with these."""
         config, size, length = self.config, cache.keys.shape[-2], query.shape[1]
+        where, window_start = position + jnp.arange(length), None
+        if config.window is not None:
+            window_start = where - (config.window - 1)
+        elif config.attention == "local":
+            window_start = (where // config.block_size - 1) * config.block_size
+        first_slot, key_positions = position, slot_positions(size, where[-1])
+        if window_start is not None and length > 1:  # a piece may wrap around a cache that holds but a window
+            seen, cache = roll_cache(cache, key, value, position)
+            first_slot, key_positions = jnp.int32(size), position - size + jnp.arange(size + length)
+        else:
+            seen = cache = update_cache(cache, key, value, position)
         if config.positions == "relative":
             table = self._table("relative_embeddings", config.max_distance)
-            bias = relative_ops.cached_relative_logits(query, table, position, size)
+            bias = relative_ops.cached_relative_logits(query, table, first_slot, len(key_positions))
         if self.pitch_time:
-            query_pitch = jax.lax.dynamic_slice_in_dim(pitches, position, length, axis=1)
-            query_step, key_step = (position + jnp.arange(length)) // 4, jnp.arange(size) // 4
-            bias = bias + self._pitch_time_logits(query, query_pitch, query_step, pitches, key_step)
-        window_start = None
-        if config.attention == "local":
-            block = (position + jnp.arange(length)) // config.block_size
-            window_start = jnp.maximum(block - 1, 0) * config.block_size
-        scale = config.attention_scale
-        return cached_attention(query, cache, position, bias=bias, window_start=window_start, mask=mask, scale=scale)
-
-    def _slid(self, query, key, value, cache, position):
-        window, length = self.config.window, query.shape[1]
-        extended, cache = slide_cache(cache, key, value)
-        # Slot s holds position s - window + `position`; a query sees its own and the window - 1 before, none below 0.
-        mask = causal_mask(length, window + length, window=window)
-        mask &= (jnp.arange(window + length) + position >= window)[None]
-        scale = self.config.attention_scale
-        return cached_attention(query, extended, position, mask=mask[None, None], scale=scale), cache
+            query_pitch = jax.lax.dynamic_slice_in_dim(pitches, position % size, length, axis=1)
+            bias = bias + self._pitch_time_logits(query, query_pitch, where // 4, pitches, key_positions // 4)
+        out = cached_attention(
+            query,
+            seen,
+            position,
+            bias=bias,
+            key_positions=key_positions,
+            window_start=window_start,
+            mask=mask,
+            scale=config.attention_scale,
+        )
+        return out, cache
 
     def _full(self, query, key, value, mask, bias, pitches, deterministic):
         config, length = self.config, query.shape[1]
@@ -380,8 +385,10 @@ class Transformer(nn.Module):
             )
         if config.zero_key and mask is not None:
             raise ValueError(f"zero_key attention is causal and takes no mask, got one of shape {mask.shape}")
-        if cache is not None and config.window is not None and (mask is not None or memory is not None):
-            raise ValueError(f"a sliding cache (window={config.window}) goes with neither mask nor memory")
+        if cache is not None and mask is not None and (config.window is not None or config.attention == "local"):
+            raise ValueError(
+                f"a cache of a window alone (window={config.window}, attention={config.attention!r}) takes no mask"
+            )
 
     def _unstacked_layer(self, index, inputs):
         layers = self.variables["params"]["layers"]
@@ -418,7 +425,7 @@ class Transformer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(config.embed_dim**-0.5), ("relative", "heads"))
         table = self.param("relative_bias", init, (config.num_buckets, config.num_heads), jnp.float32)
         query = jnp.arange(length) + (0 if position is None else position)
-        key = jnp.arange(length if cache is None else cache[0].keys.shape[-2])
+        key = query if cache is None else slot_positions(cache[0].keys.shape[-2], query[-1])
         buckets = position_ops.t5_buckets(
             key[None, :] - query[:, None],
             num_buckets=config.num_buckets,
@@ -429,8 +436,12 @@ class Transformer(nn.Module):
 
 
 def init_caches(config: TransformerConfig, batch_size: int, length: int) -> tuple[KVCache, ...]:
-    """One empty KVCache per layer for `length` positions; `config.window` of them where there is a window."""
+    """One empty KVCache per layer for the last `length` positions; for `config.window` of them, or two blocks of local
+    attention, where no position sees farther.
+    """
     length = config.window or length
+    if config.attention == "local":
+        length = min(length, 2 * config.block_size)
     dtype = jnp.dtype(config.dtype)
     return tuple(
         init_cache(batch_size, length, config.kv_heads, config.query_head_dim, config.value_dim, dtype)
@@ -442,16 +453,16 @@ def cross_caches(config: TransformerConfig, params: Any, memory: jax.Array) -> t
     """Keys and values of an encoder's output (B, S, D), for each layer's cross-attention; `params` are a Transformer's,
     with unstacked layers.
     """
-    caches = init_caches(config, len(memory), memory.shape[1])
 
-    def filled(layer: Any, cache: KVCache) -> KVCache:
+    def filled(layer: Any) -> KVCache:
         key, value = (
             _projection(config, role).apply({"params": layer["cross_attention"][role]}, memory)
             for role in ("key", "value")
         )
+        cache = init_cache(*memory.shape[:2], config.kv_heads, config.query_head_dim, config.value_dim, key.dtype)
         return update_cache(cache, key, value, jnp.int32(0))
 
-    return tuple(filled(params["layers"][str(index)], cache) for index, cache in enumerate(caches))
+    return tuple(filled(params["layers"][str(index)]) for index in range(config.num_layers))
 
 
 def unstack_layers(params: Any) -> Any:

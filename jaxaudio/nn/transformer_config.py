@@ -128,6 +128,8 @@ class TransformerConfig:
                 "zero_key needs attention='causal' and positions='none' without cross_attention, got "
                 f"{self.attention!r}, {self.positions!r}, {self.cross_attention}"
             )
+        if self.positions == "t5" and self.attention == "local":
+            raise ValueError("positions='t5' needs attention 'causal' or 'full', got attention='local'")
         if self.positions == "relative" and self.attention == "full":
             raise ValueError("positions='relative' is causal attention, got attention='full'")
         if self.positions == "relative" and (self.attention_scale, self.attention_implementation) != (None, "auto"):

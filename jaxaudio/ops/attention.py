@@ -172,7 +172,7 @@ def _mapped(query, key, value, mask, bias, scale, dropout_rate, dropout_key, dro
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions decoded so far: one layer's, of logical shape (B, K, S, H).
+    """One layer's keys and values of the last S positions, of logical shape (B, K, S, H); position p is in slot p % S.
 
     On a CPU they are stored as (B * K, S, H): with a batch of one, XLA copies a four-dimensional cache at every step.
     """
@@ -184,7 +184,7 @@ class KVCache(NamedTuple):
 def init_cache(
     batch_size: int, length: int, num_kv_heads: int, head_dim: int, value_head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> KVCache:
-    """An empty cache for `length` positions."""
+    """An empty cache for the last `length` positions."""
     merged = jax.default_backend() == "cpu"
     lead = (batch_size * num_kv_heads,) if merged else (batch_size, num_kv_heads)
     return KVCache(jnp.zeros((*lead, length, head_dim), dtype), jnp.zeros((*lead, length, value_head_dim), dtype))
@@ -193,29 +193,51 @@ def init_cache(
 def update_cache(
     cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], position: Int[Array, ""]
 ) -> KVCache:
-    """Writes T new positions from `position` on; the caller sees to it that position + T fits the cache."""
+    """Writes T new positions from `position` on, in place.
+
+    A single one may come after any number of others, and takes the place of the oldest once the cache is full: so a
+    cache of the last S positions rolls on without a copy. Several at once must not reach beyond slot S - 1, which is
+    the caller's to see to; `roll_cache` has no such limit.
+    """
 
     def write(stored, new):
-        new = new.transpose(0, 2, 1, 3).reshape(*stored.shape[:-2], new.shape[1], new.shape[-1])
-        return lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), position, stored.ndim - 2)
+        slot = position % stored.shape[-2]
+        return lax.dynamic_update_slice_in_dim(stored, _stored_like(stored, new), slot, stored.ndim - 2)
 
     return KVCache(write(cache.keys, key), write(cache.values, value))
 
 
-def slide_cache(
-    cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"]
+def roll_cache(
+    cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], position: Int[Array, ""]
 ) -> tuple[KVCache, KVCache]:
-    """For a sliding window: the W positions of the cache with T new ones after them; and the last W of those, the next
-    cache.
+    """Any number T of new positions, each of which still sees the S before it.
+
+    Returns:
+      (a cache of S + T slots that holds positions `position` - S up to `position` + T - 1 in that order; the next
+      cache, of the last S of them).
     """
+    size, length = cache.keys.shape[-2], key.shape[1]
 
     def extend(stored, new):
-        new = new.transpose(0, 2, 1, 3).reshape(*stored.shape[:-2], new.shape[1], new.shape[-1])
-        return jnp.concatenate([stored, new.astype(stored.dtype)], axis=-2)
+        in_order = jnp.roll(stored, -(position % size), axis=-2)
+        return jnp.concatenate([in_order, _stored_like(stored, new)], axis=-2)
 
     extended = KVCache(extend(cache.keys, key), extend(cache.values, value))
-    window = cache.keys.shape[-2]
-    return extended, KVCache(*(x[..., -window:, :] for x in extended))
+    return extended, KVCache(*(jnp.roll(x[..., -size:, :], (position + length) % size, axis=-2) for x in extended))
+
+
+def _stored_like(stored: jax.Array, new: jax.Array) -> jax.Array:
+    """(B, T, K, H) in the layout and dtype of a cache."""
+    return new.transpose(0, 2, 1, 3).reshape(*stored.shape[:-2], new.shape[1], new.shape[-1]).astype(stored.dtype)
+
+
+def slot_positions(size: int, last: Int[Array, ""]) -> Int[Array, " {size}"]:
+    """The position that each slot of a cache holds when `last` is the newest; negative where there is none yet.
+
+    slot_positions(4, 1) is [0, 1, -2, -1], slot_positions(4, 5) is [4, 5, 2, 3].
+    """
+    slots = jnp.arange(size)
+    return slots + last // size * size - jnp.where(slots > last % size, size, 0)
 
 
 def cached_attention(
@@ -224,6 +246,7 @@ def cached_attention(
     position: Int[Array, ""],
     *,
     bias: Float[Array, "#B #N T S"] | None = None,
+    key_positions: Int[Array, " S"] | None = None,
     window_start: Int[Array, " T"] | None = None,
     mask: Bool[Array, "#B #N #T S"] | None = None,
     scale: float | None = None,
@@ -232,10 +255,11 @@ def cached_attention(
 
     Args:
       query: queries of the new positions.
-      cache: from `update_cache`, of S positions; those after `position` + T - 1 are not looked at.
+      cache: from `update_cache` or `roll_cache`, of S slots; what is left in slots not written yet is not looked at.
       position: index of the first query.
       bias: added to the scaled logits.
-      window_start: first key that each query may see (local attention).
+      key_positions: the position that each slot holds, `slot_positions` if None; below 0 it holds none.
+      window_start: first position that each query may see (local attention).
       mask: True = attend; takes the place of the causal rule.
       scale: H ** -0.5 if None.
     """
@@ -250,10 +274,12 @@ def cached_attention(
     rows = rows.reshape(batch * num_kv_heads, groups * length, head_dim)
     logits = jnp.einsum("nqh,nsh->nqs", rows, keys, preferred_element_type=jnp.float32) * scale
     if mask is None:
-        key_index = lax.broadcasted_iota(jnp.int32, (length, size), 1)
-        mask = (key_index <= position + lax.broadcasted_iota(jnp.int32, (length, size), 0))[None, None]
-        if window_start is not None:
-            mask &= (key_index >= window_start[:, None])[None, None]
+        if key_positions is None:
+            key_positions = slot_positions(size, position + length - 1)
+        first = jnp.zeros(length, jnp.int32) if window_start is None else jnp.maximum(window_start, 0)
+        last = position + jnp.arange(length)
+        mask = (key_positions[None, :] >= first[:, None]) & (key_positions[None, :] <= last[:, None])
+        mask = mask[None, None]
     weights = masked_softmax(logits.reshape(batch, num_heads, length, size), mask, bias)
     weights = weights.astype(values.dtype).reshape(batch * num_kv_heads, groups * length, size)
     out = jnp.einsum("nqs,nsh->nqh", weights, values)

@@ -111,19 +111,22 @@ def skew_relative_logits(query: Float[Array, "B T N H"], embeddings: Float[Array
 def cached_relative_logits(
     query: Float[Array, "B T N H"], embeddings: Float[Array, "N R H"], position: Int[Array, ""], length: int
 ) -> Float[Array, "B N T {length}"]:
-    """S_rel / sqrt(H) of T new queries, the first at `position`, against a cache of `length` keys.
+    """S_rel / sqrt(H) of T new queries, the first at `position`, against a cache of `length` slots.
 
-    Row R - 1 - (i - j) of the table serves key j: the products of one query with the whole table, shifted by i.
-    Future keys get whatever lies there; `cached_attention` masks them.
+    The slot of query i is i % length, and those before it, around the cache's end, are at distances 1, 2, ...: the
+    products of one query with the table, rotated. Keys of the future, where several queries come at once, get whatever
+    lies there; `cached_attention` masks them.
     """
     query = query * query.shape[-1] ** -0.5
-    products = _einsum("BTNH,NRH->BNTR", query, embeddings)
-    padded = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length, length)))
+    rows = min(length, embeddings.shape[1])
+    products = _einsum("BTNH,NRH->BNTR", query, embeddings)[..., -rows:]
+    by_distance = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length - rows, 0)))  # from length - 1 down to 0
+    twice = jnp.concatenate([by_distance, by_distance], axis=-1)
 
-    def shifted(rows, i):
-        return lax.dynamic_slice_in_dim(rows, length + embeddings.shape[1] - 1 - i, length, axis=-1)
+    def rotated(row, i):
+        return lax.dynamic_slice_in_dim(row, length - 1 - i % length, length, axis=-1)
 
-    return jax.vmap(shifted, in_axes=(2, 0), out_axes=2)(padded, position + jnp.arange(query.shape[1]))
+    return jax.vmap(rotated, in_axes=(2, 0), out_axes=2)(twice, position + jnp.arange(query.shape[1]))
 
 
 def pitch_time_logits(

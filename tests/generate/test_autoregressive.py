@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jaxaudio.generate import autoregressive
 from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig, init_cache
+from jaxaudio.nn.transformer import unstack_layers
 from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.sampling import Sampling, filter_logits, make_sampling, most_likely
 
@@ -90,16 +91,36 @@ def test_one_program_serves_all_options_and_lengths(params):
     assert autoregressive._decode._cache_size() == before
 
 
+def test_chunks_are_the_whole_and_a_shorter_cache_rolls_on(params):
+    prompts = [np.array([3, 1, 4, 1, 5, 9, 2]), np.array([], np.int32)]
+    whole = run(params, prompts)
+
+    def chunks(context, **options):
+        cache = init_cache(MODEL.config, 2, context)
+        options |= {"prompts": prompts, "chunk_length": 5, "cache": cache}
+        return list(autoregressive.stream(MODEL, params, jax.random.key(5), **options))
+
+    parts = chunks(LENGTH, num_tokens=LENGTH)
+    assert [part.shape[1] for part in parts] == [5, 5, 5, 5, 4]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    rolling = np.concatenate(chunks(11, num_tokens=3 * LENGTH), axis=1)
+    assert rolling.shape == (2, 3 * LENGTH)
+    np.testing.assert_array_equal(rolling[:, :11], whole[:, :11])
+    assert np.any(rolling[:, :LENGTH] != whole)
+
+
 def test_no_weight_or_cache_is_copied_inside_the_loop(params):
     """Copies of arrays as large as a weight matrix, in the loop's body of the compiled program."""
     config = MODEL.config.transformer
     arguments = (
         MODEL,
-        params,
+        unstack_layers(params),
         init_cache(MODEL.config, 1, LENGTH),
         jax.random.key(0),
+        np.zeros((1, 1), np.int32),
         np.zeros((1, LENGTH), np.int32),
-        np.zeros(1, np.int32),
+        np.zeros((1, LENGTH), bool),
+        np.int32(0),
         np.int32(LENGTH),
         np.zeros(1, np.uint32),
         make_sampling(1),
