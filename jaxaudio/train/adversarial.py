@@ -33,12 +33,15 @@ class Generated(NamedTuple):
       reconstruction: (B, ...) float32; fake to them.
       penalties: scalar losses by name that are no functions of the reconstruction.
       quantized: what `update_codebooks` needs, gradients stopped; None without it.
+      disc_index: () int32 below `num_discriminators`, the one that judges this batch and learns from it; None where
+        there is one for all batches.
     """
 
     target: Any
     reconstruction: Any
     penalties: Mapping[str, Any]
     quantized: Any = None
+    disc_index: Any = None
 
 
 Generate = Callable[[Any, Any, jax.Array], Generated]
@@ -84,8 +87,8 @@ class AdversarialState(struct.PyTreeNode):
     step: () int32, the number of updates done.
     params: the generator's parameters, without boxes, its codebooks among them.
     opt_state: the state of their optimizer.
-    disc_params: the discriminators' parameters.
-    disc_opt_state: the state of theirs.
+    disc_params: the discriminators' parameters; of several to choose from, stacked along a new first axis.
+    disc_opt_state: the state of their optimizer, stacked in the same way.
     balancer: running norms of the losses' gradients.
     codebooks: statistics of codebooks that learn without gradients, or None.
     ema_params: exponential moving average of params, or None.
@@ -116,6 +119,7 @@ def init_adversarial_state(
     mesh: Mesh,
     rules: sharding.Rules,
     *,
+    num_discriminators: int | None = None,
     init_codebooks: Callable[[Any], Any] | None = None,
     ema: bool = False,
 ) -> tuple[AdversarialState, AdversarialState]:
@@ -130,21 +134,32 @@ def init_adversarial_state(
       key: split here, for the generator and for the discriminators.
       mesh: from `sharding.make_mesh`.
       rules: one of the tables of `sharding`.
+      num_discriminators: how many there are of what init_disc_params makes, each with its own key and its own state of
+        the optimizer, for `Generated.disc_index` to choose from; None makes one that judges every batch.
       init_codebooks: from the generator's parameters, without boxes, to the statistics of its codebooks.
       ema: whether to keep an average of the generator's parameters; it starts equal to them.
     Raises:
       ShardingError: as `sharding.tree_shardings`, with the path of the parameter.
     """
 
+    def init_disc(key: jax.Array) -> tuple[Any, Any]:
+        disc_params = init_disc_params(key)
+        return disc_params, disc_optimizer.init(disc_params)
+
     def build(key: jax.Array) -> AdversarialState:
         params_key, disc_key = jax.random.split(key)
-        params, disc_params = init_params(params_key), init_disc_params(disc_key)
+        params = init_params(params_key)
+        if num_discriminators is None:
+            disc_params, disc_opt_state = init_disc(disc_key)
+        else:
+            stacked = jax.vmap(init_disc)(jax.random.split(disc_key, num_discriminators))
+            disc_params, disc_opt_state = nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: None})
         return AdversarialState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
             disc_params=disc_params,
-            disc_opt_state=disc_optimizer.init(disc_params),
+            disc_opt_state=disc_opt_state,
             balancer=init_balancer(losses.weights),
             codebooks=None if init_codebooks is None else init_codebooks(nn.meta.unbox(params)),
             ema_params=params if ema else None,
@@ -176,7 +191,7 @@ def make_adversarial_step(
 
     Args:
       generate: (params, batch, key) -> Generated.
-      discriminate: (disc_params, waveform) -> judgement.
+      discriminate: (disc_params, waveform) -> judgement, with the parameters of one discriminator of several.
       losses: of the judgements and of the reconstruction.
       optimizer: of the generator, its clipping included.
       disc_optimizer: of the discriminators.
@@ -204,13 +219,19 @@ def make_adversarial_step(
         raise ValueError(f"ema_decay={ema_decay} with {'no ' * (ema_decay is not None)}ema_params in the state")
 
     def learn_to_discriminate(state: AdversarialState, generated: Generated) -> tuple[Any, Any, jax.Array]:
-        def loss(disc_params: Any) -> jax.Array:
-            real = discriminate(disc_params, generated.target)
-            return losses.discriminator(real, discriminate(disc_params, generated.reconstruction))
+        choose = functools.partial(_choose, index=generated.disc_index)
+        put_back = functools.partial(_put_back, index=generated.disc_index)
 
-        grads = jax.lax.with_sharding_constraint(jax.grad(loss)(state.disc_params), shardings.disc_params)
-        updates, opt_state = disc_optimizer.update(grads, state.disc_opt_state, state.disc_params)
-        return optax.apply_updates(state.disc_params, updates), opt_state, optax.tree.norm(grads)
+        def loss(disc_params: Any) -> jax.Array:
+            judge = functools.partial(discriminate, choose(disc_params))
+            return losses.discriminator(judge(generated.target), judge(generated.reconstruction))
+
+        grads = choose(jax.lax.with_sharding_constraint(jax.grad(loss)(state.disc_params), shardings.disc_params))
+        disc_params = choose(state.disc_params)
+        # The others are not in this update: gradients of zero would still move them by their momentum.
+        updates, opt_state = disc_optimizer.update(grads, choose(state.disc_opt_state), disc_params)
+        disc_params = put_back(state.disc_params, optax.apply_updates(disc_params, updates))
+        return disc_params, put_back(state.disc_opt_state, opt_state), optax.tree.norm(grads)
 
     def maybe_learn(learns: jax.Array, state: AdversarialState, generated: Generated) -> tuple[Any, Any, jax.Array]:
         keep = state.disc_params, state.disc_opt_state, jnp.zeros(())
@@ -227,7 +248,7 @@ def make_adversarial_step(
         learns = adversarial & (jax.random.uniform(disc_key) < disc_probability)
         disc_params, disc_opt_state, disc_grad_norm = maybe_learn(learns, state, generated)
         met = disc_params if disc_first else state.disc_params
-        judge = functools.partial(discriminate, met) if adversarial else None
+        judge = functools.partial(discriminate, _choose(met, generated.disc_index)) if adversarial else None
         gradient, balancer, metrics = _judge(judge, losses, generated, state.balancer)
         grads = jax.lax.with_sharding_constraint(pull_back(gradient), shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -295,6 +316,18 @@ def _judge(
     metrics |= {f"share/{name}": share for name, share in balanced.shares.items()}
     metrics["discriminator_loss"] = discriminator_loss
     return balanced.gradient, balanced.state, metrics
+
+
+def _choose(stacked: Any, index: jax.Array | None) -> Any:
+    if index is None:
+        return stacked
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+
+
+def _put_back(stacked: Any, chosen: Any, index: jax.Array | None) -> Any:
+    if index is None:
+        return chosen
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), stacked, chosen)
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxaudio.train.loop import MetricsWriter, NonFiniteLossError, train_loop
 from jaxaudio.train.step import make_eval_step
 
 KEY = 7
-PLAIN = {}  # as DAC trains
+PLAIN = {"losses": toy.make_losses(), "disc_first": True, "disc_probability": 1.0}  # as DAC trains
 BALANCED = {  # as EnCodec does
     "losses": toy.make_losses(rescale=True),
     "disc_first": False,
@@ -25,13 +25,17 @@ BALANCED = {  # as EnCodec does
     "ema_decay": 0.75,
     "schedule": lambda step: 0.5 * (step + 1),
 }
-SHARDED = "balanced", 8, "data:2,fsdp:4", "FSDP"
+ALONE = BALANCED | {"adversarial": False}
+CHOSEN = BALANCED | {"num_discriminators": 3}  # EnCodec's, for three bandwidths
+KINDS = {"plain": PLAIN, "balanced": BALANCED, "alone": ALONE, "chosen": CHOSEN}
+FSDP = 8, "data:2,fsdp:4", "FSDP"
+SHARDED = "balanced", *FSDP
 
 
 class Run:
     """A mesh, a state and a step, as an experiment wires them."""
 
-    def __init__(self, num_devices=1, spec="data:-1", table="DATA", *, losses=None, **options):
+    def __init__(self, num_devices=1, spec="data:-1", table="DATA", *, losses=None, num_discriminators=None, **options):
         self.mesh, self.rules = sharding.make_mesh(spec, jax.devices()[:num_devices]), sharding.TABLES[table]
         self.losses, self.traces = losses or toy.make_losses(), []
         optimizers = optax.adam(1e-2), optax.adam(3e-3)
@@ -43,14 +47,16 @@ class Run:
             jax.random.key(0),
             self.mesh,
             self.rules,
+            num_discriminators=num_discriminators,
             init_codebooks=toy.start_codebooks,
             ema="ema_decay" in options,
         )
         self.first_state = jax.device_get(self.state)
 
-        def generate(*args):
+        def generate(params, batch, key):
             self.traces.append(1)
-            return toy.generate(*args)
+            made = toy.generate(params, batch, key)
+            return made if num_discriminators is None else made._replace(disc_index=batch["disc_index"][0])
 
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
         self.step = make_adversarial_step(
@@ -78,7 +84,7 @@ class Run:
 
 @functools.cache
 def compiled_run(kind, *args):
-    return Run(*args, **{"plain": PLAIN, "balanced": BALANCED}[kind])
+    return Run(*args, **KINDS[kind])
 
 
 def new_run(*args):
@@ -88,16 +94,28 @@ def new_run(*args):
     return run
 
 
-def reference(state, losses, batches, *, disc_first, disc_probability):
-    """The two optimizers by hand, in the order of the papers; the balancer from its formula. Yields (state, values)."""
-    params, disc_params, codebooks = state.params, state.disc_params, state.codebooks
+def part(stacked, index):
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
+def reference(state, batches, losses, disc_first, disc_probability, adversarial=True, num_discriminators=None, **_):
+    """The two optimizers by hand, in the order of the papers; the balancer from its formula. Yields (state, values).
+
+    Of several discriminators each is trained alone, with its own optimizer.
+    """
+    params, codebooks = state.params, state.codebooks
     optimizer, disc_optimizer = optax.adam(1e-2), optax.adam(3e-3)
-    opt_state, disc_opt_state = optimizer.init(params), disc_optimizer.init(disc_params)
-    sums = dict.fromkeys(losses.weights, 0.0)
+    discs = [state.disc_params]
+    if num_discriminators:
+        discs = [part(state.disc_params, index) for index in range(num_discriminators)]
+    opt_state, disc_opt_states = optimizer.init(params), [disc_optimizer.init(disc_params) for disc_params in discs]
+    sums = dict.fromkeys(losses.weights if adversarial else losses.reconstruction, 0.0)
 
     def terms(x_hat, x, disc_params):
-        judged = toy.discriminate(disc_params, x), toy.discriminate(disc_params, x_hat)
         distances = {name: loss(x, x_hat) for name, loss in losses.reconstruction.items()}
+        if not adversarial:
+            return distances
+        judged = toy.discriminate(disc_params, x), toy.discriminate(disc_params, x_hat)
         return distances | {name: loss(*judged) for name, loss in losses.adversarial.items()}
 
     def disc_loss(disc_params, x, x_hat):
@@ -113,13 +131,14 @@ def reference(state, losses, batches, *, disc_first, disc_probability):
     for step, batch in enumerate(batches):
         key, disc_key, codebook_key = jax.random.split(jax.random.fold_in(jax.random.key(KEY), step), 3)
         made = generate(params, batch, jax.random.clone(key))
-        met = disc_params
-        if jax.random.uniform(disc_key) < disc_probability:
-            _, grads = disc_grad(disc_params, made.target, made.reconstruction)
-            updates, disc_opt_state = disc_optimizer.update(grads, disc_opt_state)
-            disc_params = optax.apply_updates(disc_params, updates)
+        index = int(batch["disc_index"][0]) if num_discriminators else 0
+        met = discs[index]
+        if jax.random.uniform(disc_key) < disc_probability and adversarial:
+            _, grads = disc_grad(discs[index], made.target, made.reconstruction)
+            updates, disc_opt_states[index] = disc_optimizer.update(grads, disc_opt_states[index])
+            discs[index] = optax.apply_updates(discs[index], updates)
         if disc_first:
-            met = disc_params
+            met = discs[index]
         factors = dict(losses.weights)
         if losses.rescale:
             for name, grad in term_grads(made.reconstruction, made.target, met).items():
@@ -130,17 +149,25 @@ def reference(state, losses, batches, *, disc_first, disc_probability):
         updates, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
         params, codebooks, _ = update(params, codebooks, made.quantized, codebook_key)
-        values["discriminator_loss"] = disc_grad(met, made.target, made.reconstruction)[0]
+        values["discriminator_loss"] = disc_grad(met, made.target, made.reconstruction)[0] if adversarial else 0.0
         values["grad_norm"] = optax.tree.norm(grads)
-        yield (params, disc_params, codebooks), {name: float(value) for name, value in values.items()}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *discs) if num_discriminators else discs[0]
+        yield (params, stacked, codebooks), {name: float(value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("kind", ["plain", "balanced"])
-def test_step_equals_two_optimizers_by_hand(kind):
-    options = {"plain": {"disc_first": True, "disc_probability": 1.0}, "balanced": BALANCED}[kind]
-    run, batches = new_run(kind), [toy.make_batch(seed) for seed in range(5)]
-    order = {name: options[name] for name in ("disc_first", "disc_probability")}
-    expected = list(reference(run.first_state, run.losses, batches, **order))
+def make_batches(kind):
+    """Five; of three discriminators to choose from the second judges none."""
+    batches = [toy.make_batch(seed) for seed in range(5)]
+    if kind == "chosen":
+        for batch, index in zip(batches, (2, 0, 2, 2, 0), strict=True):
+            batch["disc_index"] = np.full(toy.ROWS, index, np.int32)
+    return batches
+
+
+@pytest.mark.parametrize(("kind", "devices"), [("plain", ()), ("balanced", ()), ("alone", ()), ("chosen", FSDP)])
+def test_step_equals_two_optimizers_by_hand(kind, devices):
+    run, batches = new_run(kind, *devices), make_batches(kind)
+    expected = list(reference(run.first_state, batches, **KINDS[kind]))
     average = run.first_state.params
     for step, (batch, (state, values)) in enumerate(zip(batches, expected, strict=True)):
         (metrics,) = run.train([batch])
@@ -151,11 +178,40 @@ def test_step_equals_two_optimizers_by_hand(kind):
         assert {"perplexity/0", "perplexity/1", "dead_codes/0", "dead_codes/1"} <= metrics.keys()
         found = run.state.params, run.state.disc_params, run.state.codebooks
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, state)
-        if kind == "balanced":
+        if kind != "plain":
             average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, state[0])
             assert metrics["learning_rate"] == 0.5 * (step + 1)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run.state.ema_params, average)
     assert int(run.state.step) == 5
+
+
+def test_only_the_chosen_discriminator_changes():
+    run, learned = new_run("chosen", *FSDP), []
+    before = jax.device_get((run.state.disc_params, run.state.disc_opt_state))
+    kernels = before[0]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[1], kernels[2])
+    for batch in make_batches("chosen"):
+        (metrics,) = run.train([batch])
+        after = jax.device_get((run.state.disc_params, run.state.disc_opt_state))
+        for index in range(3):
+            changes = index == batch["disc_index"][0] and bool(metrics["discriminator_learns"])
+            pairs = zip(jax.tree.leaves(part(before, index)), jax.tree.leaves(part(after, index)), strict=True)
+            assert {not np.array_equal(*pair) for pair in pairs} == {changes}
+            if changes:
+                learned.append(index)
+        before = after
+    assert {*learned} == {0, 2}
+
+
+def test_discriminators_that_are_not_asked_stay_as_they_are():
+    run = new_run("alone")
+    history = run.train(make_batches("alone"))
+    for name in ("adversarial", "feature", "discriminator_loss", "discriminator_learns", "disc_grad_norm"):
+        assert {metrics[name] for metrics in history} == {0.0}, name
+    assert {metrics[f"share/{name}"] for metrics in history for name in run.losses.adversarial} == {0.0}
+    first = run.first_state.disc_params, run.first_state.disc_opt_state
+    jax.tree.map(np.testing.assert_array_equal, (run.state.disc_params, run.state.disc_opt_state), first)
 
 
 def test_discriminators_learn_as_often_as_asked():
