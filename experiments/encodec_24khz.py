@@ -55,7 +55,8 @@ class Config:
     Attributes:
       row: name of the row that this config started from.
       model, discriminator, codebooks, crop, evaluation: see there.
-      num_levels: one of them is drawn for each batch, all equally likely: the bandwidths of section 3.2.
+      num_levels: one of them is drawn for each batch, all equally likely: the bandwidths of section 3.2. Each has
+        discriminators of its own that only its batches meet (section 3.4).
       waveform_weight, spectral_weight, adversarial_weight, feature_weight: lambda_t, lambda_f, lambda_g, lambda_feat:
         parts of the pull on the reconstruction, which the balancer makes true (section 3.4).
       commitment_weight: factor of the commitment loss, lambda_w; the paper has no number.
@@ -145,8 +146,7 @@ ROWS = {
 }
 
 DEVIATIONS = (
-    "One set of discriminators for all bandwidths, where the paper has one for each; the commitment loss has weight 1, "
-    "where it has no number.",
+    "The commitment loss has weight 1, where the paper has no number.",
     "Levels get their k-means one after the other, from the batches of the first steps; dead codes get new sums and "
     "usages with their vectors.",
     "No reverberation; mixtures are of any recordings; gains that clip are not drawn, where the paper rejects.",
@@ -178,8 +178,8 @@ CARDS = (
         "small",
         "mel distance at 4.8 kbps on held-out recordings",
         None,
-        "Not a row of the paper: 8 filters, one LSTM layer, 8 codebooks of 256 codes, two narrow discriminators, "
-        "20 000 steps of 8 crops.",
+        "Not a row of the paper: 8 filters, one LSTM layer, 8 codebooks of 256 codes, two narrow discriminators "
+        "for each bitrate, 20 000 steps of 8 crops.",
     ),
 )
 
@@ -225,12 +225,12 @@ def main(config: Config, workdir: pathlib.Path) -> None:
 
     def generate(params, batch, key):
         waveform = batch["waveform"]
-        num_levels = jax.random.choice(key, jnp.array(config.num_levels))  # one for the whole batch, section 3.2
-        num_levels = jnp.full(len(waveform), num_levels)
+        bandwidth = jax.random.choice(key, len(config.num_levels))  # one for the whole batch, section 3.2
+        num_levels = jnp.full(len(waveform), jnp.array(config.num_levels)[bandwidth])
         reconstruction, quantized = model.apply({"params": params}, waveform, num_levels)
         used = jnp.arange(num_codebooks)[None] < num_levels[:, None]
         learned = quantized.residuals, quantized.codes, used
-        return Generated(waveform, reconstruction, {"commitment": quantized.commitment}, learned)
+        return Generated(waveform, reconstruction, {"commitment": quantized.commitment}, learned, bandwidth)
 
     def discriminate(disc_params, waveform):
         return discriminators.apply({"params": disc_params}, waveform)
@@ -247,6 +247,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         init_key,
         mesh,
         rules,
+        num_discriminators=len(config.num_levels),
         init_codebooks=start_codebooks,
     )
     train_step = make_adversarial_step(
