@@ -9,6 +9,7 @@ import mido
 import numpy as np
 import pytest
 
+from experiments.benchmarks import events as benchmark
 from experiments.benchmarks import note_seq_peer
 from jaxaudio.data.events import (
     MAGENTA,
@@ -128,3 +129,20 @@ def test_coincidences_are_resolved_as_by_note_seq(tmp_path):
         assert array_to_notes(notes) == array_to_notes(notes_to_array(sustained))
         assert encode_events(notes, PAPER).tolist() == note_seq_peer.ids(note_seq_peer.events(sequence, PAPER), PAPER)
     assert num_dropped > 60
+
+
+def test_benchmark(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    for index in range(4):
+        _random_file(rng, tmp_path / f"{index}.mid")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for index in range(4):
+            archive.write(tmp_path / f"{index}.mid", f"folder/{index}.mid")
+    found = benchmark.main(benchmark.parse([str(tmp_path / "all.zip"), "--num_files=2", "--repeats=1"]))
+    assert (
+        benchmark.main(benchmark.parse([str(tmp_path), "--num_files=2", "--repeats=1"])).num_events == found.num_events
+    )
+    assert found.num_events > 100
+    assert f"2 files, {found.num_events} events, the same from both" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="5 files cannot be taken from the 4 MIDI files"):
+        benchmark.choose(tmp_path, 5)
