@@ -16,7 +16,7 @@ from jaxaudio.data.midi import DEFAULT_TEMPO_US, DRUM_CHANNEL, MidiError
 
 SUSTAIN_PEDAL = 64
 PEDAL_DOWN = 64  # the lowest value of the controller that presses the pedal
-NOTE_OFF, NOTE_ON, CONTROL_CHANGE, SYSTEM_EXCLUSIVE, ESCAPE, META = 0x80, 0x90, 0xB0, 0xF0, 0xF7, 0xFF
+NOTE_ON, CONTROL_CHANGE, SYSTEM_EXCLUSIVE, ESCAPE, META = 0x90, 0xB0, 0xF0, 0xF7, 0xFF  # 0x80 is a key up
 SET_TEMPO = 0x51
 MAX_DELTA = 0x0FFFFFFF  # the largest variable-length number of Standard MIDI Files 1.0
 
@@ -59,7 +59,7 @@ def _chunks(content: bytes, name: str) -> tuple[int, list[bytes]]:
     """Ticks per beat and the content of every track."""
     if content[:4] != b"MThd":
         raise MidiError(f"{name} is not a readable MIDI file: it begins with {content[:4]!r}, not with MThd.")
-    kind, _, division = (int.from_bytes(content[i : i + 2]) for i in (8, 10, 12))
+    kind, num_tracks, division = (int.from_bytes(content[i : i + 2]) for i in (8, 10, 12))
     if len(content) < 14:
         raise MidiError(f"{name} is truncated: it ends inside its header; get a whole copy.")
     if kind > 1:
@@ -68,11 +68,11 @@ def _chunks(content: bytes, name: str) -> tuple[int, list[bytes]]:
         raise MidiError(f"{name} has no ticks per beat ({division:#06x}, SMPTE frames or 0); save it with some.")
     tracks = []
     position = 8 + int.from_bytes(content[4:8])
-    while position < len(content):
+    while len(tracks) < num_tracks:
         start = position + 8
         position = start + int.from_bytes(content[start - 4 : start])
         if max(start, position) > len(content):
-            raise MidiError(f"{name} is truncated: it ends inside chunk {content[start - 8 : start - 4]!r}.")
+            raise MidiError(f"{name} is truncated: it ends in track {len(tracks)} of {num_tracks}; get a whole copy.")
         if content[start - 8 : start - 4] == b"MTrk":  # other kinds are for other programs
             tracks.append(content[start:position])
     return division, tracks

@@ -126,7 +126,7 @@ def test_running_status_system_exclusive_and_unknown_chunks():
     track += b"\x00\xf0\x03\x01\x02\xf7"
     track += b"\x00\xc0\x05\x00\xd0\x06\x00\xe0\x00\x40\x00\xa0\x3c\x01"
     track += b"\x00\x80\x3c\x00\x10\x3e\x00\x00\xff\x2f\x00"
-    performance = read_performance(_file(track, before=b"XYZ \x00\x00\x00\x02ab"))
+    performance = read_performance(_file(track, before=b"XYZ \x00\x00\x00\x02ab") + b"more than the tracks")
     assert performance.notes.pitch.tolist() == [60, 62]
     np.testing.assert_allclose(performance.notes.start_s, [0.0, 0.05])
     np.testing.assert_allclose(performance.notes.end_s, [0.69, 0.77])
@@ -164,8 +164,9 @@ NOTE = b"\x00\x90\x3c\x40\x10\x3c\x00"
         (b"", "begins with b'', not with MThd"),
         (b"RIFF and so on", "begins with b'RIFF'"),
         (b"MThd\x00\x00\x00\x06\x00\x01", "is truncated: it ends inside its header"),
-        (_file(NOTE)[:-1], "is truncated: it ends inside chunk b'MTrk'"),
-        (_file(NOTE) + b"MTr", "is truncated: it ends inside chunk b'MTr'"),
+        (_file(NOTE)[:-1], "is truncated: it ends in track 0 of 1"),
+        (_file(NOTE, header=b"\x00\x01\x00\x02\x00\x64"), "is truncated: it ends in track 1 of 2"),
+        (_file(NOTE, header=b"\x00\x01\x00\x02\x00\x64") + b"MTrk", "is truncated: it ends in track 1 of 2"),
         (_file(NOTE, header=b"\x00\x02\x00\x01\x00\x64"), "is a type 2 MIDI file"),
         (_file(NOTE, header=b"\x00\x00\x00\x01\xe7\x28"), r"no ticks per beat \(0xe728"),
         (_file(NOTE, header=b"\x00\x00\x00\x01\x00\x00"), r"no ticks per beat \(0x0000"),
