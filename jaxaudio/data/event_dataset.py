@@ -157,12 +157,14 @@ def write_event_dataset(
 
     Raises:
       EventDatasetError: the folder was begun with another vocabulary, other stretches or other files (names both of
-        each that differs); stretches without 1.0, twice, or not positive.
+        each that differs); stretches without 1.0, twice, or not positive; more ids than int16 holds; no process.
       PerformanceError: a file changed since it was listed.
     """
     stretches = tuple(float(factor) for factor in stretches)
     if 1.0 not in stretches or len(set(stretches)) < len(stretches) or min(stretches) <= 0:
         raise EventDatasetError(f"stretches are {stretches}; expected positive factors, each once, 1.0 among them")
+    if vocabulary.size > np.iinfo(np.int16).max + 1:
+        raise EventDatasetError(f"{vocabulary} has {vocabulary.size} ids; int16 holds 32768")
     num_workers = os.cpu_count() or 1 if num_workers is None else num_workers
     if num_workers < 1:
         raise EventDatasetError(f"num_workers is {num_workers}; expected 1 or more")
@@ -221,8 +223,11 @@ def _write_pieces(
     indices: Sequence[int],
 ) -> None:
     """What one process does: each of the files in turn, its tokens first and then what there is to say of it."""
+    parent = multiprocessing.parent_process()
     with source.reader() as read:
         for index in indices:
+            if parent is not None and not parent.is_alive():
+                return  # it was killed, and who runs it again should not find us at its files
             file = source.files[index]
             content = read(file)
             try:

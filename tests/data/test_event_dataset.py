@@ -134,6 +134,8 @@ def test_errors(source, folder, tmp_path):
     for stretches in ((0.95,), (1.0, 1.0), (0.0, 1.0)):
         with pytest.raises(EventDatasetError, match=f"stretches are .{stretches[0]}.*1.0 among them"):
             write_event_dataset(source, tmp_path, MAGENTA, stretches)
+    with pytest.raises(EventDatasetError, match="has 40210 ids; int16 holds 32768"):
+        write_event_dataset(source, tmp_path, dataclasses.replace(MAGENTA, max_shift_steps=40_000))
     with pytest.raises(EventDatasetError, match="num_workers is 0"):
         write_event_dataset(source, tmp_path, MAGENTA, num_workers=0)
     with pytest.raises(EventDatasetError, match="has no manifest.json; expected a folder of write_event_dataset"):
