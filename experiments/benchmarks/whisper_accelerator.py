@@ -80,7 +80,7 @@ def _windows(model, tokenizer, kinds, peaks, arguments) -> dict[str, Any]:
         memory = jax.block_until_ready(encode(model, kinds["bfloat16"], mel))
 
     def decoder(kind):
-        results = decode(model, kinds[kind], tokenizer, memory, jax.random.key(0), options, fit_prompts=True)
+        results = decode(model, kinds[kind], tokenizer, memory, jax.random.key(0), options)
         return [result.tokens for result in results]
 
     def check(outputs):

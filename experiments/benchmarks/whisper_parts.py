@@ -116,7 +116,7 @@ def our_decoder(peers: Peers, num_tokens: int, *, int8: bool = False) -> Callabl
     def call(hidden):
         memory = cross(floats["decoder"]["transformer"], hidden)
         rows = [options] * len(hidden)
-        results = decode(peers.model, params, peers.tokenizer, memory, jax.random.key(0), rows, fit_prompts=True)
+        results = decode(peers.model, params, peers.tokenizer, memory, jax.random.key(0), rows)
         return [list(result.tokens) for result in results]
 
     return call

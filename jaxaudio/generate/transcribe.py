@@ -293,7 +293,6 @@ class _Engine:
                 rows,
                 requests=[(getattr(request, "seek", 0), attempt) for request in requests],
                 group_size=self.options.group_size,
-                fit_prompts=not self.options.conditions,
             )
             results = [new or old for new, old in zip(found, results, strict=True)]
         return results

@@ -269,7 +269,6 @@ def decode(
     *,
     requests: Sequence[tuple[int, ...]] | None = None,
     group_size: int | None = None,
-    fit_prompts: bool = False,
 ) -> list[DecodingResult | None]:
     """Decodes each window by its options.
 
@@ -286,8 +285,6 @@ def decode(
       requests: numbers that name each window's draws, such as (file, position, attempt); its place if None. A result
         depends on its own numbers and never on the batch.
       group_size: hypotheses per window that the program is made for; the largest width in `options` if None.
-      fit_prompts: True makes the program for prompts as long as these, so that no step attends to a context of empty
-        slots: for callers whose prompts stay as they are. False makes it for any.
     Returns:
       One result per window, None where the options are.
     Raises:
@@ -307,7 +304,7 @@ def decode(
     if group_size < needed:
         raise ValueError(f"group_size must be at least {needed} for these options, got {group_size}")
     text_length = model.config.text_length
-    prompts = _prompts(tokenizer, rows, text_length, fit_prompts)
+    prompts = _prompts(tokenizer, rows, text_length)
     limits = [row.sample_len or text_length // 2 for row in rows]
     limits = np.minimum(limits, text_length + 1 - prompts.lengths).astype(np.int32)
     max_tokens = text_length // 2 if limits.max() <= text_length // 2 else text_length
@@ -330,7 +327,7 @@ def decode(
     ]
 
 
-def _prompts(tokenizer, rows, text_length, fit) -> _Prompts:
+def _prompts(tokenizer, rows, text_length) -> _Prompts:
     half = text_length // 2
     texts, starts = [], []
     for row in rows:
@@ -352,8 +349,7 @@ def _prompts(tokenizer, rows, text_length, fit) -> _Prompts:
     longest = max(map(len, texts))
     if longest > text_length:
         raise ValueError(f"prompt and prefix have {longest} tokens, more than the decoder's {text_length} positions")
-    any_length = half + 8 if longest <= half + 8 else text_length
-    room = longest if fit else any_length
+    room = half + 8 if longest <= half + 8 else text_length
     room = -(-room // _CHUNK) * _CHUNK
     tokens = np.full((len(texts), room), tokenizer.eot, np.int32)
     for row, text in enumerate(texts):
@@ -390,11 +386,24 @@ def _suppressed(tokenizer, suppress_tokens) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(static, params, memory, prompts, rules, search, keys):
+    """One program with two loops, so that no step attends to the empty slots of a long prompt where all are short."""
+    params = _expanded(params)
+
+    def run(room):
+        cut = prompts._replace(tokens=prompts.tokens[:, -room:])
+        return _decode_in(static, params, memory, cut, rules, search, keys)
+
+    most = prompts.tokens.shape[1]
+    is_short = jnp.max(prompts.lengths) <= _CHUNK
+    return run(most) if most == _CHUNK else lax.cond(is_short, lambda: run(_CHUNK), lambda: run(most))
+
+
+def _decode_in(static, params, memory, prompts, rules, search, keys):
     """Prompt through the decoder, then the loop. A window's hypotheses share one cache: the prompt's R slots, then G
     slots for each step; a mask shows each of them its own past.
     """
     model, ids, group_size, max_tokens, max_finished = static
-    config, variables = model.config, {"params": _expanded(params)}
+    config, variables = model.config, {"params": params}
     batch, room = prompts.tokens.shape
     size = room + group_size * max_tokens
     first = (room - prompts.lengths)[:, None]  # slot of the prompt's first token

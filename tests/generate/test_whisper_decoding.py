@@ -201,13 +201,15 @@ def test_one_program_serves_all_options(pair):
     assert decoding._decode._cache_size() - before <= 2
 
 
-def test_slots_that_no_prompt_fills_change_nothing(pair):
-    for prompts in [((), (1000, 50400), ()), ((), (1000,) * 20, (1001, 1002))]:
-        rows = [DecodingOptions(language="en", prompt=prompt) for prompt in prompts]
-        for any_length, fitted in zip(pair.ours(rows), pair.ours(rows, fit_prompts=True), strict=True):
-            assert fitted.tokens == any_length.tokens
-            np.testing.assert_allclose(fitted.avg_logprob, any_length.avg_logprob, atol=1e-5)
-            np.testing.assert_allclose(fitted.no_speech_prob, any_length.no_speech_prob, atol=1e-5)
+def test_a_long_prompt_in_the_batch_changes_no_other_row(pair):
+    """Where all prompts are short, another loop runs, which has no room for a long one."""
+    short = [DecodingOptions(language="en", prompt=prompt) for prompt in [(), (1000, 50400)]]
+    without = pair.ours([*short, None])
+    beside = pair.ours([*short, DecodingOptions(language="en", prompt=LONG_PROMPT)])
+    for one, other in zip(without[:2], beside[:2], strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.avg_logprob, other.avg_logprob, atol=1e-5)
+        np.testing.assert_allclose(one.no_speech_prob, other.no_speech_prob, atol=1e-5)
 
 
 def test_language_probabilities_equal_openai_whisper(pair):
