@@ -143,15 +143,16 @@ def array_to_notes(notes: NoteArray, *, voice: int = 0) -> tuple[Note, ...]:
 def apply_sustain(performance: Performance) -> NoteArray:
     """Lengthens notes whose key goes up while the pedal is down, as they sound on.
 
-    Such a note ends when the pedal goes up, or earlier when its key is struck again in its part with the pedal down; a
-    pedal never released holds to the last event of the performance. At one time the pedal acts before keys, up after
-    down. Of notes of one pitch that start together under the pedal only the last one stays: the others have no length.
-    As note-seq's `apply_sustain_control_changes`, before any stretching or quantisation.
+    Such a note ends when the pedal goes up; a pedal never released holds to the last event of the performance. A key
+    struck again under the pedal ends the notes of its pitch and part that sound, even one whose key up comes later. Of
+    notes of one pitch that start together there only the last stays: the others have no length. At one time the pedal
+    acts before keys, up after down. As note-seq's `apply_sustain_control_changes`, before stretching or quantisation.
     """
     notes = performance.notes
+    if not len(notes):
+        return notes
+    last_s = max(notes.start_s.max(), notes.end_s.max(), performance.pedal_s.max(initial=0.0))
     end_s = notes.end_s.copy()
-    if len(notes):
-        last_s = max(notes.start_s.max(), notes.end_s.max(), performance.pedal_s.max(initial=0.0))
     for part in np.unique(performance.pedal_part):
         pedal = performance.pedal_part == part
         mine = np.flatnonzero(performance.part == part)
@@ -164,18 +165,18 @@ def _sustained_ends(notes: NoteArray, pedal_s: np.ndarray, down: np.ndarray, las
     """Ends (N,) of the notes of one part."""
     order = np.lexsort((~down, pedal_s))
     pedal_s, down = pedal_s[order], down[order]
-    is_down_after = np.concatenate([[False], down])  # by number of messages so far
+    is_down_after = np.append(False, down)  # by number of messages so far
     lifts = np.append(pedal_s[~down], last_s)
     held = is_down_after[np.searchsorted(pedal_s, notes.end_s, side="right")]
     end_s = np.where(held, lifts[np.searchsorted(lifts[:-1], notes.end_s, side="right")], notes.end_s)
 
     by_pitch = np.lexsort((notes.start_s, notes.pitch))  # stable: equal starts keep their order
     start_s, pitch = notes.start_s[by_pitch], notes.pitch[by_pitch]
-    strikes_again = is_down_after[np.searchsorted(pedal_s, start_s, side="right")]
-    position = np.where(strikes_again, np.arange(len(notes)), len(notes))
-    following = np.append(np.minimum.accumulate(position[::-1])[::-1][1:], len(notes))
-    has_next = np.append(pitch, -1)[following] == pitch
-    next_s = np.where(has_next, np.append(start_s, np.inf)[following], np.inf)
+    under_pedal = is_down_after[np.searchsorted(pedal_s, start_s, side="right")]
+    position = np.where(under_pedal, np.arange(len(notes)), len(notes))
+    following = np.append(np.minimum.accumulate(position[::-1])[::-1], len(notes))[1:]  # the next note under the pedal
+    same_pitch = np.append(pitch, -1)[following] == pitch
+    next_s = np.where(same_pitch, np.append(start_s, np.inf)[following], np.inf)
     end_s[by_pitch] = np.minimum(end_s[by_pitch], next_s)
     return end_s
 
@@ -309,13 +310,6 @@ def transpose_events(tokens: np.ndarray, semitones: int, vocabulary: EventVocabu
             f"{vocabulary.min_pitch}..{vocabulary.max_pitch}."
         )
     return np.where(_is_note(tokens, vocabulary), tokens + semitones, tokens).astype(tokens.dtype)
-
-
-def draw_augmentation(
-    rng: np.random.Generator, transpose: tuple[int, int] = (-3, 3), stretches: Sequence[float] = STRETCHES
-) -> tuple[int, float]:
-    """(semitones, stretch), each uniform over what is given, both ends included: the paper's, section 4.2."""
-    return int(rng.integers(transpose[0], transpose[1] + 1)), float(stretches[rng.integers(len(stretches))])
 
 
 def _is_note(tokens: np.ndarray, vocabulary: EventVocabulary) -> np.ndarray:
