@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 import whisper
 import whisper_peers as peers
@@ -463,6 +464,8 @@ def test_a_manifest_writes_files_too_and_does_again_what_is_missing(weights, man
     assert called[1:] == [["x"]]
     results = read_results(tmp_path / "out" / "list.0-of-1.jsonl")
     assert [result["index"] for result in results] == [0, 1, 2]
+    settings = json.loads((tmp_path / "out" / "list.0-of-1.settings.json").read_text())
+    assert settings["resampler"] == f"soxr {soxr.__version__} VHQ"
     assert run_manifest(weights, manifest, tmp_path / "out", "-f", "all") == 0
     assert len(called[2]) == 3
 

@@ -1,7 +1,9 @@
 """Whisper's checkpoints between three layouts, bit for bit, and the logits of openai-whisper and transformers."""
 
+import base64
 import dataclasses
 import functools
+import gzip
 import json
 import pathlib
 import struct
@@ -277,6 +279,14 @@ def test_published_alignment_heads_are_found(size, name, heads):
     config = dataclasses.replace(SIZES[size], alignment_heads=None)
     assert _published_heads(pathlib.Path(name), config) == heads
     assert _published_heads(pathlib.Path(name), dataclasses.replace(config, num_decoder_layers=2)) is None
+
+
+def test_alignment_heads_are_those_of_openai_whisper():
+    for size, packed in whisper._ALIGNMENT_HEADS.items():
+        config = SIZES[size]
+        mask = np.frombuffer(gzip.decompress(base64.b85decode(packed)), bool).reshape(-1, config.num_heads)
+        assert len(mask) == config.num_decoder_layers, size
+        assert config.alignment_heads == tuple(map(tuple, np.argwhere(mask).tolist())), size
 
 
 def test_memory_is_one_tensor_above_the_model(hf_folder, monkeypatch):
