@@ -22,13 +22,16 @@ def add_parser(commands: Any) -> None:
         "transcribe",
         help="speech to text with Whisper",
         description="Transcribes audio files with Whisper. Options have the names, values and defaults of "
-        "openai-whisper's command, and files are byte for byte what it writes. Windows of all files share batches, "
-        "which does not change what is heard in any of them. A file that cannot be transcribed is reported in one "
-        "line and the others go on; the exit status is 1 then. A run with --manifest can be killed and started again "
-        "with the same command: it goes on where it was.",
+        "openai-whisper's command, but for the four about the machine (--device, --fp16, --threads, --model_dir), and "
+        "files are byte for byte what it writes. Windows of all files share batches, which does not change what is "
+        "heard in any of them. A file that cannot be transcribed is reported in one line and the others go on; the "
+        "exit status is 1 then. A run with --manifest can be killed and started again with the same command: it goes "
+        "on where it was.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("audio", nargs="*", metavar="FILE", help="audio files: wav, flac, ogg, mp3; m4a, mp4, webm")
+    parser.add_argument(
+        "audio", nargs="*", metavar="FILE", help="audio files: wav, flac, ogg, mp3; with PyAV m4a, mp4, webm"
+    )
     _add_their_options(parser)
     _add_decoding_options(parser)
     _add_our_options(parser.add_argument_group("options of jaxaudio alone"))
