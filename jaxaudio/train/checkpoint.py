@@ -24,6 +24,7 @@ from jaxaudio import __version__
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 TEMPORARY = ".orbax-checkpoint-tmp"
+_LEAST_SLICE = 2**20  # bytes
 
 Scalar = int | float | np.number | jax.Array
 
@@ -80,8 +81,12 @@ class Checkpointer:
         self.metric = metric
         self._pending_step: int | None = None
         policies = ocp.training.preservation_policies
+        context = ocp.Context()
+        # Devices with the same array write a slice of it each, and XLA compiles every slice: too much for small arrays.
+        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_SLICE
         self._orbax = ocp.training.Checkpointer(
             self.directory,
+            context=context,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), self._best(keep_best)]),
             cleanup_tmp_directories=True,
         )

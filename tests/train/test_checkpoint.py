@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_run
 
+from jaxaudio.train import checkpoint
 from jaxaudio.train.checkpoint import (
     CheckpointCorruptError,
     Checkpointer,
@@ -89,6 +90,23 @@ def test_a_state_and_its_data_come_back_bit_for_bit_while_training_goes_on(tmp_p
     with Checkpointer(tmp_path, config=CONFIG) as checkpointer:
         assert_same_bits(checkpointer.restore(abstract(expected), fresh), expected)
     np.testing.assert_array_equal(next(fresh)["x"], following["x"])
+
+
+@pytest.mark.parametrize(("least_slice", "compiles"), [(0, True), (checkpoint._LEAST_SLICE, False)])
+def test_replicas_of_small_arrays_are_saved_whole_and_nothing_compiles(
+    least_slice, compiles, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "_LEAST_SLICE", least_slice)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = new_state(embed_dim=40, sharding=lambda _: NamedSharding(mesh, PartitionSpec()))
+    with Checkpointer(tmp_path, config=CONFIG) as checkpointer:
+        jax.config.update("jax_log_compiles", True)
+        try:
+            checkpointer.save(state, wait=True)
+        finally:
+            jax.config.update("jax_log_compiles", False)
+        assert ("Compiling jit(slice)" in caplog.text) == compiles
+        assert_same_bits(checkpointer.restore(abstract(state)), state)
 
 
 def test_one_and_eight_devices_restore_each_other_bit_for_bit(tmp_path):
