@@ -146,8 +146,8 @@ def norms(v: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(v.astype(np.float64)).sum(axes, keepdims=True)).astype(np.float32)
 
 
-def check(parameters: Iterable[Parameter], tensors: Tensors, where: str) -> None:
-    """Compares a file's tensors with the parameters of its config.
+def check(parameters: Iterable[Parameter], tensors: Tensors, where: str, what: str = "codec") -> None:
+    """Compares a file's tensors with the parameters of its config; `what` it should hold is for the message.
 
     Raises:
       ConvertError: missing, unexpected, misshapen or non-float tensors, each with its name and what was expected.
@@ -162,11 +162,11 @@ def check(parameters: Iterable[Parameter], tensors: Tensors, where: str) -> None
                 problems.append(f"{name} has shape {tensor.shape}, expected {shape} as {parameter.path}")
             elif str(tensor.dtype) not in (*FLOATS, "float64"):
                 problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
-    problems += [f"{name} of shape {rest[name].shape} is not one of the codec's tensors" for name in sorted(rest)]
+    problems += [f"{name} of shape {rest[name].shape} is not one of the {what}'s tensors" for name in sorted(rest)]
     if problems:
         more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
         raise ConvertError(
-            "\n  ".join([f"{where} does not hold the codec that its config describes:", *problems[:12], *more])
+            "\n  ".join([f"{where} does not hold the {what} that its config describes:", *problems[:12], *more])
         )
 
 
