@@ -1,4 +1,4 @@
-"""The `jaxaudio` command: speech to text, audio as codes, checkpoints in and out, and what files hold.
+"""The `jaxaudio` command: speech to text, audio as codes, piano music, checkpoints in and out, and what files hold.
 
 Nothing heavy is imported before a subcommand runs, so that --help and --version answer at once.
 """
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from jaxaudio import __version__
-from jaxaudio.cli import codec, files, tokenize, transcribe_arguments
+from jaxaudio.cli import codec, files, music, tokenize, transcribe_arguments
 
 # glibc's mallopt: (parameter, bytes) of M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
 _MALLOPT = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
@@ -81,12 +81,14 @@ def _warnings_of_one_line(command: str) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxaudio",
-        description="Speech to text with Whisper, audio as the codes of neural codecs, and tools around checkpoints.",
+        description="Speech to text with Whisper, audio as the codes of neural codecs, piano music with Music "
+        "Transformers, and tools around checkpoints.",
     )
     parser.add_argument("--version", action="version", version=f"jaxaudio {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     transcribe_arguments.add_parser(commands)
     codec.add_parsers(commands)
     tokenize.add_parser(commands)
+    music.add_parser(commands)
     files.add_parsers(commands)
     return parser
