@@ -11,7 +11,12 @@ import optax
 import pytest
 
 from jaxaudio import sharding
-from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformerConfig
+from jaxaudio.models.music_transformer import (
+    AccompanimentConfig,
+    AccompanimentTransformer,
+    MusicTransformer,
+    MusicTransformerConfig,
+)
 from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.train.state import abstract_state
@@ -35,6 +40,11 @@ MODELS = {
     "pitch_time": MusicTransformerConfig(
         VOCAB, dataclasses.replace(RELATIVE, pitch_time=True, dropout_generator="jax"), "concatenated", label_period=4
     ),
+    "accompaniment": AccompanimentConfig(
+        VOCAB,
+        dataclasses.replace(BASELINE, attention="full"),
+        MusicTransformerConfig(VOCAB, dataclasses.replace(RELATIVE, cross_attention=True)),
+    ),
 }
 MESHES = {"DATA": "data:8", "FSDP": "data:2,fsdp:4", "TENSOR": "data:2,fsdp:2,model:2"}
 
@@ -42,20 +52,25 @@ MESHES = {"DATA": "data:8", "FSDP": "data:2,fsdp:4", "TENSOR": "data:2,fsdp:2,mo
 def make_batch(seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, VOCAB, (BATCH, LENGTH + 1), dtype=np.int32)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": rng.random((BATCH, LENGTH)) < 0.8}
+    mask = rng.random((BATCH, LENGTH)) < 0.8
+    melody = rng.integers(1, VOCAB, (BATCH, 10), dtype=np.int32) * (np.arange(10) < rng.integers(3, 11, (BATCH, 1)))
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, "melody": melody.astype(np.int32)}
 
 
 def run(config, rules, mesh, num_steps=3):
     """Metrics of training steps with dropout on, wired as the experiment does, and the compiled program's text."""
-    model, optimizer = MusicTransformer(config), optax.sgd(0.5)
+    optimizer, has_melody = optax.sgd(0.5), isinstance(config, AccompanimentConfig)
+    model = AccompanimentTransformer(config) if has_melody else MusicTransformer(config)
 
     def loss_fn(params, batch, key):
-        logits, _ = model.apply({"params": params}, batch["inputs"], deterministic=False, rngs={"dropout": key})
+        inputs = (batch["melody"], batch["inputs"]) if has_melody else (batch["inputs"],)
+        out = model.apply({"params": params}, *inputs, deterministic=False, rngs={"dropout": key})
+        logits = out if has_melody else out[0]
         nats, weight = cross_entropy(logits, batch["targets"], batch["mask"])
         return nats, {"weight": weight}
 
     def init_params(key):
-        return model.init(key, jnp.zeros((1, LENGTH), jnp.int32))["params"]
+        return model.init(key, *[jnp.zeros((1, LENGTH), jnp.int32)] * (1 + has_melody))["params"]
 
     abstract = abstract_state(init_params, optimizer, mesh, rules)
     rng = np.random.default_rng(0)
@@ -90,7 +105,8 @@ def eight_devices(name, table):
     return run(MODELS[name], sharding.TABLES[table], sharding.make_mesh(MESHES[table]))
 
 
-CASES = [(name, table) for name in ("baseline", "relative") for table in MESHES] + [("pitch_time", "TENSOR")]
+CASES = [(name, table) for name in ("baseline", "relative", "accompaniment") for table in MESHES]
+CASES.append(("pitch_time", "TENSOR"))
 
 
 @pytest.mark.parametrize(("name", "table"), CASES)
