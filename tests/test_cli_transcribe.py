@@ -1,7 +1,7 @@
 """`jaxaudio transcribe` beside openai-whisper's command: the same options, the same files; and what is ours."""
 
 import dataclasses
-import importlib
+import importlib.resources
 import io
 import json
 import os
@@ -26,7 +26,7 @@ from jaxaudio.cli import transcribe as command
 from jaxaudio.convert.whisper import convert_whisper
 from jaxaudio.data.result_lines import ResultLog, read_results
 from jaxaudio.data.transcripts import Segment, Span, Transcription
-from jaxaudio.data.voice_activity import EnergyDetector
+from jaxaudio.data.voice_activity import EnergyDetector, SileroDetector
 
 ROOT = pathlib.Path(__file__).parents[1]
 openai_command = importlib.import_module("whisper.transcribe")  # the name `whisper.transcribe` is the function's
@@ -229,7 +229,9 @@ def test_our_options_reach_the_algorithm(weights, audio, tmp_path, monkeypatch):
     call = captured(monkeypatch, *files, *shared)
     assert (call["options"].batch_size, call["model"].config.dtype, call["options"].vad) == (2, "float32", None)
     assert call["params"]["decoder"]["token_embedding"].dtype == np.float32
-    assert captured(monkeypatch, files[0], *shared)["options"].batch_size == 1
+    silero = importlib.resources.files("silero_vad") / "data" / "silero_vad.onnx"
+    options = captured(monkeypatch, files[0], *shared, "--vad", silero)["options"]
+    assert (options.batch_size, options.vad) == (1, SileroDetector(str(silero)))
 
 
 USAGE = [
