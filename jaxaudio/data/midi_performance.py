@@ -185,7 +185,7 @@ def _pair(tick: np.ndarray, key: np.ndarray, is_on: np.ndarray) -> tuple[np.ndar
     # Whether a key up has one of its own key before it, at an earlier tick: then it ends what went on beyond that one.
     follows = np.append((np.diff(key[off]) == 0) & (np.diff(tick[off]) > 0), False)
     goes_on = meets_same & ends_earlier
-    while True:
+    while True:  # once more for every key up in the longest row of those that hand a note on to the next
         longer = goes_on.copy()
         longer[1:] |= meets_same[1:] & follows[:-1] & goes_on[:-1]
         if (longer == goes_on).all():
