@@ -15,6 +15,7 @@ from jaxaudio.ops.attention import (
     cached_attention,
     causal_mask,
     init_cache,
+    slot_positions,
     update_cache,
 )
 
@@ -189,6 +190,13 @@ def test_what_the_cache_holds_after_the_last_query_is_never_looked_at():
     outs = [cached_attention(query, cache, jnp.int32(0)) for cache in (clean, dirty)]
     np.testing.assert_array_equal(*outs)
     np.testing.assert_allclose(outs[0], attention(query, key, value, mask=causal_mask(4, 4)[None, None]), atol=1e-5)
+
+
+def test_each_slot_holds_the_newest_position_that_fell_there():
+    for size, last in ((1, 0), (4, 1), (4, 5), (4, 7), (7, 20)):
+        newest_first = range(last, last - size, -1)
+        expected = [next(p for p in newest_first if p % size == slot) for slot in range(size)]
+        assert slot_positions(size, jnp.int32(last)).tolist() == expected
 
 
 def test_cache_keeps_its_dtype():
