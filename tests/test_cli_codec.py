@@ -205,6 +205,7 @@ def test_entropy_coding_changes_the_size_alone(codec, tmp_path, capsys):
     [
         (["--kbps", "5"], "tiny has no 5 kbps; choose of 3.2, 6.4"),
         (["--num_codebooks", "5"], "5 codebooks asked for, but tiny has 1 to 4"),
+        (["--num_codebooks", "0"], "0 codebooks asked for, but tiny has 1 to 4"),
     ],
 )
 def test_a_rate_that_the_codec_has_not_is_refused(codec, tmp_path, capsys, options, message):

@@ -71,6 +71,7 @@ def test_bad_requests_end_in_one_line(codec, manifest, tmp_path, capsys):
     for options, message in [
         (["--codec", codec, "--kbps", "5"], "tiny has no 5 kbps; choose of 3.2, 6.4"),
         (["--codec", codec, "--num_codebooks", "9"], "9 codebooks of tiny, which has 1 to 4"),
+        (["--codec", codec, "--num_codebooks", "0"], "0 codebooks of tiny, which has 1 to 4"),
         (["--codec", codec, "--process_index", "3"], "index=3 of count=1 processes"),
         (["--codec", str(tmp_path)], str(tmp_path)),
     ]:

@@ -46,9 +46,9 @@ def add_parsers(commands: Any) -> None:
         "decode",
         help="restore audio files from what encode wrote",
         description="Decodes a .jac file into a wav or flac file of 16 bits, or all .jac files below a folder into a "
-        "folder. Of a damaged file the chunks of 5 s that were hit are silence; they are reported with their seconds, "
-        "and the exit status is 1. A file that cannot be decoded is reported in one line and the others go on; the "
-        "exit status is 1 then, too.",
+        "folder. Of a damaged file the chunks of 4 or 5 s that were hit are silence; they are reported with their "
+        "seconds, and the exit status is 1. A file that cannot be decoded is reported in one line and the others go "
+        "on; the exit status is 1 then, too.",
     )
     decode.add_argument("source", metavar="IN", help=".jac file, or a folder")
     decode.add_argument("destination", metavar="OUT", help="file to write, called .wav or .flac, or a folder")
@@ -94,6 +94,17 @@ def load(source: str) -> "Codec":
     return Codec(checkpoint.name, MODELS[checkpoint.kind][1](checkpoint.config), jax.device_put(checkpoint.params))
 
 
+def num_codebooks_of(arguments: argparse.Namespace, codec: "Codec") -> int:
+    """What --kbps or --num_codebooks asks for, unchecked if the latter; all that the codec has without either.
+
+    Raises:
+      ValueError: as `Codec.num_codebooks_for`.
+    """
+    if arguments.kbps is not None:
+        return codec.num_codebooks_for(arguments.kbps)
+    return codec.config.num_codebooks if arguments.num_codebooks is None else arguments.num_codebooks
+
+
 def _load_coder(arguments: argparse.Namespace, codec: str) -> Any:
     """The entropy coder in --entropy_model, or beside the codec."""
     from jaxaudio.convert.codec import find_codec
@@ -116,9 +127,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     with compilation_cache(arguments.compilation_cache):
         codec = load(arguments.codec)
         coder = _load_coder(arguments, arguments.codec) if arguments.entropy else None
-        num_codebooks = arguments.num_codebooks or codec.config.num_codebooks
-        if arguments.kbps is not None:
-            num_codebooks = codec.num_codebooks_for(arguments.kbps)
+        num_codebooks = num_codebooks_of(arguments, codec)
 
         def encode(source: pathlib.Path, destination: pathlib.Path, progress: Callable[[float], None]) -> bool:
             options = {"num_codebooks": num_codebooks, "coder": coder, "overwrite": arguments.overwrite}

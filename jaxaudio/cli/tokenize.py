@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import tqdm
 
-    from jaxaudio.cli.codec import load
+    from jaxaudio.cli.codec import load, num_codebooks_of
     from jaxaudio.data.manifests import read_manifest
     from jaxaudio.data.token_dataset import FailedClip, TokenClip
     from jaxaudio.generate.tokens import tokenize
@@ -56,9 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
     use_device(arguments.device)
     utterances = read_manifest(arguments.manifest)
     codec = load(arguments.codec)
-    num_codebooks = arguments.num_codebooks or codec.config.num_codebooks
-    if arguments.kbps is not None:
-        num_codebooks = codec.num_codebooks_for(arguments.kbps)
+    num_codebooks = num_codebooks_of(arguments, codec)
     num_failed, heard_s = 0, 0.0
 
     def on_clip(clip: TokenClip | FailedClip) -> None:
