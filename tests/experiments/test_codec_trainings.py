@@ -1,5 +1,6 @@
 """Every training of a codec, tiny, on recordings that the test writes: from files to a codec folder and a page."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -96,6 +97,8 @@ def test_soundstream_on_speech(data_dir, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert page.count("<audio") == 3  # the original and two rates
     assert page.count("<svg") == 5
+    assert "How much of the pull on the reconstruction comes from adversarial, feature, " in page
+    assert "Codebook perplexity and dead codes of every level" in page
 
     soundstream_speech.main(config, tmp_path)
     assert "complete: open" in capsys.readouterr().out
@@ -140,6 +143,60 @@ def test_paper_rows(name, data_dir, tmp_path):
     assert {n.removeprefix("train/share/") for n in first if n.startswith("train/share/")} == LOSSES[name]
     assert {"train/commitment", "train/discriminator_loss", "train/perplexity/2", "train/learning_rate"} <= set(first)
     assert (tmp_path / "report.html").exists()
+
+
+class Stopped(Exception):
+    """Everything that was to be seen was seen."""
+
+
+def drawn_levels(module, config, workdir, monkeypatch):
+    """How many levels (draws, rows) a training asks its model for, batch after batch."""
+    drawn = []
+
+    class Asked:
+        def __init__(self, config):
+            self.config = config
+
+        def apply(self, variables, waveform, num_levels):
+            drawn.append(np.asarray(num_levels))
+            raise Stopped
+
+    def draw(generate, *rest, **options):
+        for seed in range(60):
+            with contextlib.suppress(Stopped):
+                generate({}, {"waveform": np.zeros((config.batch_size, 64, 1), np.float32)}, jax.random.key(seed))
+        raise Stopped
+
+    for name in ("SoundStream", "EnCodec", "DAC"):
+        monkeypatch.setattr(module, name, Asked, raising=False)
+    monkeypatch.setattr(module, "init_adversarial_state", lambda *rest, **options: (None, None))
+    monkeypatch.setattr(module, "make_adversarial_step", draw)
+    with pytest.raises(Stopped):
+        module.main(config, workdir)
+    return np.stack(drawn)
+
+
+@pytest.mark.parametrize("name", ["speech", *ROWS])
+def test_levels_are_drawn_as_in_the_papers(name, data_dir, tmp_path, monkeypatch):
+    """By example in SoundStream and in half of DAC's, by batch in EnCodec."""
+    if name == "speech":
+        module, config = soundstream_speech, soundstream_speech.Config()
+        optimizer = dataclasses.replace(config.optimizer, num_steps=2, warmup_steps=1)
+        fields = {"optimizer": optimizer, "spectral_mels": (8,)}
+    else:
+        module, _, fields = ROWS[name]
+        config = module.ROWS["paper"]
+    levels = drawn_levels(module, tiny(config, data_dir, **fields), tmp_path, monkeypatch)
+    assert levels.shape == (60, 8)
+    if name.startswith("encodec"):
+        np.testing.assert_array_equal(levels, np.repeat(levels[:, :1], 8, axis=1))
+        assert {*levels[:, 0].tolist()} == ({1, 3} if name == "encodec" else {1, 2, 3})
+        return
+    if name == "dac":
+        assert (levels[:, 4:] == 3).all()
+        levels = levels[:, :4]
+    np.testing.assert_allclose(np.bincount(levels.ravel(), minlength=4) / levels.size, [0, *[1 / 3] * 3], atol=0.1)
+    assert np.mean(levels != levels[:, :1]) > 0.4  # 3/4 or 7/8 of the rows are others, 2/3 of these differ
 
 
 @pytest.mark.parametrize("module", [soundstream_24khz, encodec_24khz, encodec_32khz, dac_44khz])
