@@ -174,7 +174,14 @@ music_transformer_jsb.main(config, pathlib.Path(sys.argv[1]))
 
 
 def start(workdir):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        # The runs are of one program, compiled by the first.
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     log = (workdir.parent / f"{workdir.name}.log").open("a")
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(workdir)], cwd=ROOT, env=environment, stderr=log)
 
