@@ -25,7 +25,7 @@ def run_pair(script: str, *arguments) -> list[dict]:
         for process in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+        outputs = [process.communicate(timeout=300)[0].splitlines() for process in processes]
     finally:
         for process in processes:
             process.kill()
