@@ -57,9 +57,8 @@ def event_batches(
       EventDatasetError: no such split, no such stretch, no performance of `length` tokens, fewer performances than
         processes, no token 0 for start and padding, or sizes that cannot be used; has the value.
     """
-    _check(dataset, split, length, batch_size, process_index, process_count)
-    if not transpose[0] <= 0 <= transpose[1]:
-        raise EventDatasetError(f"transpose is {transpose}; expected (low, high) with low <= 0 <= high, in semitones")
+    check_rows(dataset, split, length, batch_size, process_index, process_count)
+    check_transpose(transpose)
     there = dataset.stretches(split)
     factors = there if stretches is None else tuple(float(factor) for factor in stretches)
     if not factors or not set(factors) <= set(there):
@@ -73,10 +72,23 @@ def event_batches(
             f"{len(kept)} of {len(pieces)} performances of {split} (length {length}, drop_short {drop_short}) cannot "
             f"be shared by {process_count} processes"
         )
-    # Crops are drawn before the shares are dealt, so that a crop does not depend on the number of shares.
-    shuffled = grain.MapDataset.source(kept).seed(seed).shuffle()
-    crops = shuffled.random_map(_RandomCrop(dataset, split, length, transpose, factors))
-    share = crops[process_index::process_count].repeat(num_epochs)
+    crop = _RandomCrop(dataset, split, length, transpose, factors)
+    return random_batches(kept, crop, batch_size, seed, process_index, process_count, num_epochs)
+
+
+def random_batches(
+    indices: Sequence[int],
+    draw: grain.transforms.RandomMap,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    num_epochs: int | None = None,
+) -> grain.DatasetIterator:
+    """Batches of the rows that `draw` makes of performances: shuffled, then drawn, sharded by process, prefetched."""
+    # Rows are drawn before the shares are dealt, so that a row does not depend on the number of shares.
+    rows = grain.MapDataset.source(indices).seed(seed).shuffle().random_map(draw)
+    share = rows[process_index::process_count].repeat(num_epochs)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * batch_size)
     return iter(share.to_iter_dataset(read).batch(batch_size, drop_remainder=True))
 
@@ -87,6 +99,7 @@ def evaluation_event_batches(
     *,
     length: int = 2048,
     batch_size: int,
+    max_rows: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -97,12 +110,15 @@ def evaluation_event_batches(
 
     Args:
       dataset, split, length, batch_size: as `event_batches`.
+      max_rows: takes every n-th crop alone, of all performances, with the least n that leaves no more than these.
       process_index, process_count: which rows of each global batch of process_count * batch_size rows to yield.
     Raises:
       EventDatasetError: as `event_batches`.
     """
-    _check(dataset, split, length, batch_size, process_index, process_count)
-    return _evaluation_batches(dataset, split, length, batch_size, process_index, process_count)
+    check_rows(dataset, split, length, batch_size, process_index, process_count)
+    if max_rows is not None and max_rows < 1:
+        raise EventDatasetError(f"max_rows is {max_rows}; expected None or 1 or more")
+    return _evaluation_batches(dataset, split, length, batch_size, max_rows, process_index, process_count)
 
 
 class _RandomCrop(grain.transforms.RandomMap):
@@ -115,23 +131,23 @@ class _RandomCrop(grain.transforms.RandomMap):
         self.transpose, self.stretches = transpose, stretches
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
-        vocabulary, piece = self.dataset.vocabulary, self.dataset.pieces[self.split][element]
         tokens = self.dataset.tokens(self.split, element, self.stretches[int(rng.integers(len(self.stretches)))])
         start = int(rng.integers(max(0, len(tokens) - self.length) + 1))
-        low = max(self.transpose[0], vocabulary.min_pitch - piece.lowest_pitch)
-        high = min(self.transpose[1], vocabulary.max_pitch - piece.highest_pitch)
         crop = np.asarray(tokens[start : start + self.length], np.int32)
-        crop = transpose_events(crop, int(rng.integers(low, high, endpoint=True)), vocabulary)
+        semitones = draw_semitones(rng, self.dataset, self.split, element, self.transpose)
+        crop = transpose_events(crop, semitones, self.dataset.vocabulary)
         return token_window(crop, self.length)
 
 
-def _evaluation_batches(dataset, split, length, batch_size, process_index, process_count) -> Iterator[Batch]:
+def _evaluation_batches(dataset, split, length, batch_size, max_rows, process_index, process_count) -> Iterator[Batch]:
     which = dataset.stretches(split).index(1.0)
     crops = [
         (index, start)
         for index, piece in enumerate(dataset.pieces[split])
         for start in range(0, piece.num_tokens[which], length)
     ]
+    if max_rows is not None:
+        crops = crops[:: -(-len(crops) // max_rows)]
     rows = batch_size * process_count
     crops += [(0, dataset.pieces[split][0].num_tokens[which])] * (-len(crops) % rows)  # of no tokens
     for first in range(process_index * batch_size, len(crops), rows):
@@ -142,7 +158,32 @@ def _evaluation_batches(dataset, split, length, batch_size, process_index, proce
         yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
 
-def _check(dataset: EventDataset, split: str, length: int, batch_size: int, index: int, count: int) -> None:
+def draw_semitones(
+    rng: np.random.Generator, dataset: EventDataset, split: str, index: int, transpose: tuple[int, int]
+) -> int:
+    """A transposition, uniformly of those that keep all notes of the performance in the vocabulary."""
+    vocabulary, piece = dataset.vocabulary, dataset.pieces[split][index]
+    low = max(transpose[0], vocabulary.min_pitch - piece.lowest_pitch)
+    high = min(transpose[1], vocabulary.max_pitch - piece.highest_pitch)
+    return int(rng.integers(low, high, endpoint=True))
+
+
+def check_transpose(transpose: tuple[int, int]) -> None:
+    """Checks a range of transpositions.
+
+    Raises:
+      EventDatasetError: it does not hold 0; has it.
+    """
+    if not transpose[0] <= 0 <= transpose[1]:
+        raise EventDatasetError(f"transpose is {transpose}; expected (low, high) with low <= 0 <= high, in semitones")
+
+
+def check_rows(dataset: EventDataset, split: str, length: int, batch_size: int, index: int, count: int) -> None:
+    """Checks what all pipelines of performances are asked for.
+
+    Raises:
+      EventDatasetError: as `event_batches`.
+    """
     dataset.stretches(split)
     if not dataset.pieces[split]:
         raise EventDatasetError(f"{split} has no performances; {dataset.report()}")

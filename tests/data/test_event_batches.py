@@ -170,6 +170,14 @@ def test_evaluation_reads_every_token_once(dataset, performances, process_count)
     assert set(rows[len(expected) :]) <= {()}
 
 
+def test_some_rows_stand_for_all(dataset):
+    every = [batch["targets"] for batch in evaluation_event_batches(dataset, "train", length=LENGTH, batch_size=1)]
+    step = -(-len(every) // 5)
+    assert step > 1
+    some = evaluation_event_batches(dataset, "train", length=LENGTH, batch_size=1, max_rows=5)
+    np.testing.assert_array_equal([batch["targets"] for batch in some], every[::step])
+
+
 def test_errors(dataset, folder):
     for changes, match in (
         ({"split": "dev"}, "split is 'dev'; expected one of train, valid, test"),
@@ -183,5 +191,7 @@ def test_errors(dataset, folder):
     ):
         with pytest.raises(EventDatasetError, match=match):
             batches(dataset, **changes)
+    with pytest.raises(EventDatasetError, match="max_rows is 0"):
+        evaluation_event_batches(dataset, batch_size=1, max_rows=0)
     with pytest.raises(EventDatasetError, match="num_reserved=0.* has no id for start and padding"):
         evaluation_event_batches(EventDataset(folder / "PAPER"), batch_size=1)
