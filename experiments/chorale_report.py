@@ -1,6 +1,5 @@
 """What a run on chorales leaves behind: music, pictures and its page."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -8,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments import music_report
+from experiments.music_report import Piece
 from jaxaudio import config as config_lib
 from jaxaudio.convert.export import export_checkpoint, load, to_tree
 from jaxaudio.data.chorales import (
@@ -24,9 +24,7 @@ from jaxaudio.data.chorales import (
     grid_to_notes,
     write_chorale_midi,
 )
-from jaxaudio.data.midi import Note
 from jaxaudio.data.ngrams import ladder
-from jaxaudio.data.pipelines import token_window
 from jaxaudio.data.synthesis import synthesize, write_wav
 from jaxaudio.generate.autoregressive import generate
 from jaxaudio.models.music_transformer import MusicTransformer, init_cache
@@ -36,17 +34,6 @@ from jaxaudio.report.card import Card
 
 SAMPLE_RATE = 44_100
 STEP_S = 60 / DEFAULT_TEMPO / STEPS_PER_BEAT
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Piece:
-    """A generated chorale: its tokens, notes and sound, and the second at which its prime ends (None without one)."""
-
-    name: str
-    tokens: np.ndarray
-    notes: tuple[Note, ...]
-    waveform: np.ndarray
-    prime_end_s: float | None
 
 
 def write_music(
@@ -111,30 +98,11 @@ def attention_figure(model: MusicTransformer, params: Any, piece: Piece, middle:
     The note is the one at token `middle`, or the nearest to it where that is a rest.
     """
     query = min(np.flatnonzero(piece.tokens > REST_TOKEN).tolist(), key=lambda index: abs(index - middle))
-    # Only the forms that store the weights can show them; they compute the same function as the blockwise one.
-    transformer = dataclasses.replace(model.config.transformer, relative_form="skew")
-    dense = MusicTransformer(dataclasses.replace(model.config, transformer=transformer))
-    inputs = jnp.asarray(token_window(piece.tokens, len(piece.tokens))["inputs"])[None]
-    _, seen = jax.jit(lambda params: dense.apply({"params": params}, inputs, mutable=["attention_weights"]))(params)
-    weights = jax.tree.leaves(seen["attention_weights"]["transformer"]["layers"])[0]  # L B N T S
-    weights = np.asarray(weights[-1, 0, : len(plots.COLOURS), query, : query + 1])
-
-    def place(index: int) -> tuple[float, float] | None:
-        token = int(piece.tokens[index]) if index >= 0 else PAD_TOKEN
-        return None if token <= REST_TOKEN else ((index // NUM_VOICES + 0.5) * STEP_S, float(token + PITCH_OFFSET))
-
-    figure = plots.attention_over_piano_roll(
-        [note for note in piece.notes if note.start_s <= query // NUM_VOICES * STEP_S],
-        weights,
-        [place(index - 1) for index in range(query + 1)],
-        place(query),
-        title=f"Last layer's attention when a note of the {piece.name} is predicted",
-    )
-    return page.Figure(
-        figure,
-        alt=f"Piano roll with lines from one predicted note back to the notes that {len(weights)} heads attend to.",
-        caption="One line per attended note: colour is the head, width the weight (as in Figs. 8 and 9 of the paper).",
-    )
+    places = [
+        ((index // NUM_VOICES + 0.5) * STEP_S, float(token + PITCH_OFFSET)) if token > REST_TOKEN else None
+        for index, token in enumerate(piece.tokens.tolist())
+    ]
+    return music_report.attention_figure(model, params, piece, query, places)
 
 
 def finish(
@@ -241,29 +209,14 @@ def write_page(
                 ),
             ),
             page.Section("Training", (page.Figure(curves, alt="Training and held-out loss over steps."),)),
-            page.Section("Continuations of held-out chorales", (_side_by_side(continued), *_music(continued))),
-            page.Section("New chorales", _music(new)),
+            page.Section(
+                "Continuations of held-out chorales",
+                (music_report.side_by_side({"this model": continued}), *music_report.music(continued, SAMPLE_RATE)),
+            ),
+            page.Section("New chorales", music_report.music(new, SAMPLE_RATE)),
             *([page.Section("Attention", tuple(attention))] if attention else []),
             page.Section("Card", (card,)),
             page.Section("Config", (page.Code("The resolved config of this run", config),)),
         ],
     )
     return workdir / "report.html"
-
-
-def _side_by_side(pieces: Sequence[Piece]) -> page.Figure:
-    rolls = [plots.Roll(piece.notes, piece.prime_end_s, piece.name) for piece in pieces]
-    figure = plots.roll_grid({"this model": rolls})
-    return page.Figure(
-        figure, alt="Piano rolls of all continuations.", caption="All on one scale, as Fig. 4 of the paper."
-    )
-
-
-def _music(pieces: Sequence[Piece]) -> tuple[page.Block, ...]:
-    blocks = []
-    for piece in pieces:
-        ground = "" if piece.prime_end_s is None else f"; given up to second {piece.prime_end_s:.1f}, then generated"
-        roll = plots.piano_roll(piece.notes, prime_end_s=piece.prime_end_s, title=piece.name)
-        blocks.append(page.Figure(roll, alt=f"Piano roll of the {piece.name}, four voices{ground}."))
-        blocks.append(page.Audio(piece.name, piece.waveform, SAMPLE_RATE))
-    return tuple(blocks)

@@ -9,7 +9,6 @@ Pod:   python -m experiments.music_transformer_jsb --workdir /mnt/shared/jsb --s
 """
 
 import dataclasses
-import functools
 import pathlib
 import sys
 from typing import Literal
@@ -17,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import chorale_report
+from experiments import chorale_report, music_training
 from jaxaudio import config as config_lib
 from jaxaudio import sharding
 from jaxaudio.cli import raise_malloc_thresholds
@@ -28,11 +27,8 @@ from jaxaudio.models.music_transformer import MusicTransformer, MusicTransformer
 from jaxaudio.nn.transformer_config import TransformerConfig
 from jaxaudio.ops.losses import cross_entropy
 from jaxaudio.report.card import Card
-from jaxaudio.train.checkpoint import Checkpointer, CheckpointError
-from jaxaudio.train.loop import MetricsWriter, train_loop
-from jaxaudio.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxaudio.train.state import init_state, num_parameters
-from jaxaudio.train.step import make_eval_step, make_train_step, mean_metrics
+from jaxaudio.train.checkpoint import CheckpointError
+from jaxaudio.train.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,30 +78,25 @@ class Config:
 
     def __post_init__(self):
         chorale_report.check_samples(self)
-        for field, ours in (("num_steps", self.num_steps), ("hidden_dim", self.model.transformer.embed_dim)):
-            if getattr(self.optimizer, field) not in (None, ours):
-                raise ValueError(f"optimizer.{field} is {getattr(self.optimizer, field)}, but the run's own {ours}")
+        music_training.check_optimizer(self, self.model.transformer.embed_dim)
 
 
-PLACEMENT = ("data_dir", "cache_dir", "mesh", "rules", "cpu_devices", "distributed")
-DROPOUT = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1, "mlp_dropout_rate": 0.1, "dropout_generator": "hash"}
-BASELINE = TransformerConfig(num_layers=5, embed_dim=256, num_heads=8, mlp_dim=1024, **DROPOUT)
+BASELINE = TransformerConfig(num_layers=5, embed_dim=256, num_heads=8, mlp_dim=1024, **music_training.DROPOUT)
 RELATIVE = TransformerConfig(
-    num_layers=5, embed_dim=512, num_heads=8, mlp_dim=512, positions="relative", max_distance=256, **DROPOUT
+    num_layers=5,
+    embed_dim=512,
+    num_heads=8,
+    mlp_dim=512,
+    positions="relative",
+    max_distance=256,
+    **music_training.DROPOUT,
 )
 SMALL = dataclasses.replace(RELATIVE, num_layers=3, embed_dim=192, num_heads=4, mlp_dim=768)
 
 
 def paper_row(name: str, transformer: TransformerConfig, **model) -> Config:
-    """A row of Table 2 with tensor2tensor's training defaults: Adam, noam with constant 1 (learning rate "0.1")."""
-    optimizer = OptimizerConfig(
-        schedule="noam",
-        learning_rate=1.0,
-        warmup_steps=8000,
-        hidden_dim=transformer.embed_dim,
-        b2=0.997,
-        epsilon=1e-9,
-    )
+    """A row of Table 2 with tensor2tensor's training defaults."""
+    optimizer = music_training.noam(transformer.embed_dim)
     return Config(row=name, model=MusicTransformerConfig(VOCAB_SIZE, transformer, **model), optimizer=optimizer)
 
 
@@ -189,19 +180,14 @@ CARDS = (
 
 def main(config: Config, workdir: pathlib.Path) -> None:
     """Trains, evaluates on both held-out splits, samples, exports and reports."""
-    config_lib.claim_workdir(config, workdir, may_change=PLACEMENT)
+    config_lib.claim_workdir(config, workdir, may_change=music_training.PLACEMENT)
     mesh, rules = sharding.make_mesh(config.mesh), sharding.TABLES[config.rules]
     run_key = jax.random.key(config.seed, impl=config.prng)
     init_key, dropout_key, sample_key = jax.random.split(run_key, 3)
 
     grids = load_jsb(config.data_dir, pathlib.Path(config.cache_dir).expanduser())
     tokens = {split: [encode_grid(grid) for grid in pieces] for split, pieces in grids.items()}
-    shard, num_shards = sharding.process_shard(mesh, rules)
-    if config.batch_size % num_shards:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of the {num_shards} processes that read data"
-        )
-    rows = {"process_index": shard, "process_count": num_shards, "batch_size": config.batch_size // num_shards}
+    rows = music_training.rows_of_process(config, mesh, rules)
     batches = chorale_batches(
         tokens["train"], length=config.length, seed=config.seed, transpose=config.transpose, **rows
     )
@@ -218,82 +204,35 @@ def main(config: Config, workdir: pathlib.Path) -> None:
     def init_params(key):
         return model.init(key, jnp.zeros((1, config.length), jnp.int32))["params"]
 
-    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
-    ema = config.ema_decay is not None
-    state, shardings = init_state(init_params, optimizer, init_key, mesh, rules, ema=ema)
-    batch_sharding = sharding.batch_sharding(mesh, rules)
-    train_step = make_train_step(
+    result = music_training.train(
+        config,
+        workdir,
+        init_params,
         loss_fn,
-        optimizer,
-        shardings=shardings,
-        batch_sharding=batch_sharding,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
-        schedule=schedule,
+        batches,
+        lambda split: evaluation_batches(tokens[split], length=config.length, **rows),
+        init_key=init_key,
+        dropout_key=dropout_key,
+        mesh=mesh,
+        rules=rules,
     )
-    eval_step = make_eval_step(loss_fn, shardings=shardings, batch_sharding=batch_sharding)
-    put = functools.partial(sharding.shard_batch, mesh=mesh, rules=rules)
-
-    def evaluate(state, split):
-        batches = evaluation_batches(tokens[split], length=config.length, **rows)
-        return mean_metrics(eval_step(state.eval_params, put(batch)) for batch in batches)
-
-    if jax.process_index() == 0:
-        print(f"{config.row}: {num_parameters(state.params):,} parameters on {mesh.size} devices")
-    checkpoints = Checkpointer(workdir / "checkpoints", config=config_lib.to_dict(config))
-    with sharding.use(mesh, rules), checkpoints, MetricsWriter(workdir, checkpoints.latest_step or 0) as writer:
-        if checkpoints.latest_step == config.num_steps and (workdir / "report.html").exists():
-            print(f"complete: open {workdir / 'report.html'}; another --workdir starts a new run")
-            return
-        state = train_loop(
-            state,
-            train_step,
-            batches,
-            dropout_key,
-            num_steps=config.num_steps,
-            workdir=workdir,
-            checkpointer=checkpoints,
-            writer=writer,
-            put=put,
-            evaluate=functools.partial(evaluate, split="valid"),
-            log_every=config.log_every,
-            evaluate_every=config.evaluate_every,
-            checkpoint_every=config.checkpoint_every,
-        )
-        best = checkpoints.best_step  # the paper's early stopping
-        state = checkpoints.restore(state, step=best)
-        result = {split: evaluate(state, split)["loss"] for split in ("valid", "test")}
-    if jax.process_index() == 0:
-        card = next(card for card in CARDS if card.command.endswith(f"row={config.row}"))
-        changed = config_lib.differences(config_lib.to_dict(ROWS[config.row]), config_lib.to_dict(config))
-        changed = {name: now for name, (_, now) in changed.items() if name not in PLACEMENT}
-        overrides = "".join(
-            f" {name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-            for name, value in changed.items()
-        )
-        chorale_report.finish(
-            workdir,
-            workdir / "checkpoints" / str(best),
-            model,
-            sample_key,
-            config=config,
-            ema=ema,
-            tokens=tokens,
-            split="valid",
-            primes={"valid_1": tokens["valid"][0], "valid_2": tokens["valid"][1]},
-            nats=result["valid"],
-            about=f"JSB chorales, canonical split. Validation {result['valid']:.4f}, test {result['test']:.4f} nats "
-            f"per token over windows of {config.length} tokens without left context.",
-            card=dataclasses.replace(
-                card,
-                reached=result["valid"],
-                status="trained by this run",
-                steps=best,
-                hardware=f"{mesh.size} x {jax.devices()[0].device_kind}",
-                command=card.command + overrides,
-                deviations=(*card.deviations, *([f"Fields unlike the row's:{overrides}."] if changed else [])),
-            ),
-        )
+    if result is None or jax.process_index():
+        return
+    chorale_report.finish(
+        workdir,
+        result.checkpoint,
+        model,
+        sample_key,
+        config=config,
+        ema=config.ema_decay is not None,
+        tokens=tokens,
+        split="valid",
+        primes={"valid_1": tokens["valid"][0], "valid_2": tokens["valid"][1]},
+        nats=result.nats["valid"],
+        about=f"JSB chorales, canonical split. Validation {result.nats['valid']:.4f}, test {result.nats['test']:.4f} "
+        f"nats per token over windows of {config.length} tokens without left context.",
+        card=music_training.trained_card(config, ROWS, CARDS, result, mesh),
+    )
 
 
 if __name__ == "__main__":
