@@ -21,6 +21,12 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def keep_programs(monkeypatch):
+    """No test reads the time of a first call, for which the parts forget what is compiled."""
+    monkeypatch.setattr("jax.clear_caches", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def models():
     return {name: make() for name, make in MODELS.items()}

@@ -35,6 +35,12 @@ ODD = WhisperConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def keep_programs(monkeypatch):
+    """No test reads the time of a first call, for which the parts forget what is compiled."""
+    monkeypatch.setattr("jax.clear_caches", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """The parameters of ODD with two axes or more, by path and layer: shapes from the model itself."""
