@@ -27,6 +27,7 @@ from jaxaudio.ops.attention import (
     update_cache,
     weighted_values,
 )
+from jaxaudio.ops.local_attention import local_attention
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -166,9 +167,14 @@ class Attention(nn.Module):
         }
         if config.positions == "relative" and not self.cross:
             return self._relative(query, key, value, pitches, drop)
+        is_local = config.attention == "local" and not self.cross
+        if is_local and mask is None and bias is None:
+            return local_attention(
+                query, key, value, block_size=config.block_size, scale=config.attention_scale, **drop
+            )
         if config.attention != "full" and not self.cross:
             causal = causal_mask(length, key.shape[1], window=config.window)
-            if config.attention == "local":
+            if is_local:
                 block = jnp.arange(length) // config.block_size
                 causal &= block[:, None] - block[None, :] <= 1
             mask = causal[None, None] if mask is None else mask & causal[None, None]

@@ -1,4 +1,4 @@
-"""The matrix product behind every projection, with its gradient written out."""
+"""Matrix products: behind every projection, with its gradient written out, and summed in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,10 @@ def _backward(residuals, d_out):
 
 
 project.defvjp(_forward, _backward)
+
+
+def float32_einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of 16- or 32-bit factors, summed in float32."""
+    if jax.default_backend() == "cpu":  # XLA has no 16-bit batched products with a 32-bit sum there
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -26,6 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxaudio.ops import dropout as dropout_ops
 from jaxaudio.ops.attention import MASKED, causal_mask, masked_softmax, weighted_values
+from jaxaudio.ops.local_attention import local_attention
+from jaxaudio.ops.matmul import float32_einsum
 
 Form = Literal["gather", "skew", "blockwise", "local"]
 
@@ -60,7 +62,16 @@ def relative_attention(
         heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
         return _blockwise(spec, *heads_first, embeddings, dropout_key).transpose(0, 2, 1, 3)
     if form == "local":
-        return _local(query, key, value, embeddings, block_size, rate, dropout_key, dropout_generator)
+        return local_attention(
+            query,
+            key,
+            value,
+            block_size=block_size,
+            more_logits=functools.partial(_local_logits, embeddings=embeddings, block=block_size),
+            dropout_rate=rate,
+            dropout_key=dropout_key,
+            dropout_generator=dropout_generator,
+        )
     weights = relative_attention_weights(query, key, embeddings, form=form)
     if rate:
         weights = dropout_ops.dropout(dropout_key, weights, rate, dropout_generator)
@@ -79,7 +90,7 @@ def relative_attention_weights(
     if form not in ("gather", "skew"):
         raise ValueError(f"dense relative attention weights come from form 'gather' or 'skew', got {form!r}")
     query = query * query.shape[-1] ** -0.5
-    logits = _einsum("BTNH,BSNH->BNTS", query, key)
+    logits = float32_einsum("BTNH,BSNH->BNTS", query, key)
     relative = gather_relative_logits if form == "gather" else skew_relative_logits
     logits = logits + relative(query, embeddings)
     return masked_softmax(logits, causal_mask(*logits.shape[-2:])[None, None], bias)
@@ -93,7 +104,7 @@ def gather_relative_logits(
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     gathered = embeddings[:, jnp.clip(rows - 1 - distance, 0, rows - 1)]  # N T S H
     gathered = jnp.where((distance >= 0) & (distance < rows), gathered.transpose(0, 3, 1, 2), 0.0)
-    return _einsum("BTNH,NHTS->BNTS", query, gathered)
+    return float32_einsum("BTNH,NHTS->BNTS", query, gathered)
 
 
 def skew_relative_logits(query: Float[Array, "B T N H"], embeddings: Float[Array, "N R H"]) -> Float[Array, "B N T T"]:
@@ -103,7 +114,7 @@ def skew_relative_logits(query: Float[Array, "B T N H"], embeddings: Float[Array
     """
     batch, length, num_heads, _ = query.shape
     rows = min(length, embeddings.shape[1])
-    products = _einsum("BTNH,NRH->BNTR", query, embeddings[:, -rows:])
+    products = float32_einsum("BTNH,NRH->BNTR", query, embeddings[:, -rows:])
     padded = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length - rows + 1, 0)))
     return padded.reshape(batch, num_heads, length + 1, length)[:, :, 1:]
 
@@ -119,7 +130,7 @@ def cached_relative_logits(
     """
     query = query * query.shape[-1] ** -0.5
     rows = min(length, embeddings.shape[1])
-    products = _einsum("BTNH,NRH->BNTR", query, embeddings)[..., -rows:]
+    products = float32_einsum("BTNH,NRH->BNTR", query, embeddings)[..., -rows:]
     by_distance = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (length - rows, 0)))  # from length - 1 down to 0
     twice = jnp.concatenate([by_distance, by_distance], axis=-1)
 
@@ -154,7 +165,7 @@ def pitch_time_logits(
     query = query * query.shape[-1] ** -0.5
 
     def looked_up(table, row):  # row (#B, T, S) indexes the table where it is in range
-        products = _einsum("BTNH,NRH->BNTR", query, table)
+        products = float32_einsum("BTNH,NRH->BNTR", query, table)
         size = table.shape[1]
         index = jnp.broadcast_to(jnp.clip(row, 0, size - 1)[:, None], (*products.shape[:3], row.shape[-1]))
         return jnp.where(((row >= 0) & (row < size))[:, None], jnp.take_along_axis(products, index, axis=-1), 0.0)
@@ -163,13 +174,6 @@ def pitch_time_logits(
     intervals = query_pitch[:, :, None] - key_pitch[:, None, :]
     by_time = looked_up(time_embeddings, (time_embeddings.shape[1] - 1 - steps)[None])
     return by_time + looked_up(pitch_embeddings, pitch_embeddings.shape[1] // 2 + intervals)
-
-
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product of 16- or 32-bit factors, summed in float32."""
-    if jax.default_backend() == "cpu":  # XLA has no 16-bit batched products with a 32-bit sum there
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _skew_block(x: jax.Array, num_keys: int) -> jax.Array:
@@ -189,32 +193,13 @@ def _unskew_block(y: jax.Array) -> jax.Array:
     return jnp.pad(flat, [*none, (num_queries - 1, 1)]).reshape(*lead, num_queries, width)
 
 
-def _local(query, key, value, embeddings, block, rate, dropout_key, generator):
-    """Each block of queries against its own block (causally) and the whole previous one, in one skewed rectangle."""
-    batch, length, num_heads, _ = query.shape
-    num_blocks = -(-length // block)
-
-    def blocks(x):  # B T N H -> B N blocks block H
-        x = jnp.pad(x, ((0, 0), (0, num_blocks * block - length), (0, 0), (0, 0)))
-        return x.reshape(batch, num_blocks, block, num_heads, -1).transpose(0, 3, 1, 2, 4)
-
-    def with_previous(x):
-        previous = jnp.pad(x, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
-        return jnp.concatenate([previous, x], axis=3)
-
-    q, k, v = blocks(query * query.shape[-1] ** -0.5), with_previous(blocks(key)), with_previous(blocks(value))
+def _local_logits(query, embeddings, block):
+    """S_rel of blocks of queries (B, N, blocks, block, H) against their own block and the previous one, as one skewed
+    rectangle."""
     # Query t and key s of the rectangle are block + t - s apart, so the slab runs from 2 block - 1 down to -block.
     rows = min(embeddings.shape[1], 2 * block)
     slab = jnp.pad(embeddings[:, -rows:], ((0, 0), (2 * block - rows, block), (0, 0)))
-    relative = _skew_block(_einsum("BNCTH,NWH->BNCTW", q, slab), 2 * block)
-    logits = _einsum("BNCTH,BNCSH->BNCTS", q, k) + relative
-    seen = jnp.broadcast_to(causal_mask(block, 2 * block), (num_blocks, block, 2 * block))
-    seen &= (jnp.arange(num_blocks)[:, None, None] > 0) | (jnp.arange(2 * block)[None, None, :] >= block)
-    weights = jax.nn.softmax(jnp.where(seen[None, None], logits, MASKED), axis=-1)
-    if rate:
-        weights = dropout_ops.dropout(dropout_key, weights, rate, generator)
-    out = _einsum("BNCTS,BNCSH->BNCTH", weights.astype(v.dtype), v).astype(v.dtype)
-    return out.transpose(0, 2, 3, 1, 4).reshape(batch, num_blocks * block, num_heads, -1)[:, :length]
+    return _skew_block(float32_einsum("BNCTH,NWH->BNCTW", query, slab), 2 * block)
 
 
 class _BlockSpec(NamedTuple):
@@ -252,7 +237,7 @@ def _blockwise_forward(spec, query, key, value, embeddings, dropout_key):
             normaliser = normaliser * shrink + weights.sum(axis=-1)
             if spec.dropout_rate:
                 weights = jnp.where(blocks.keep(dropout_key, weights.shape, i, j), weights, 0.0)
-            new = _einsum("BNTS,BNSH->BNTH", weights.astype(v.dtype), blocks.read(v, j))
+            new = float32_einsum("BNTS,BNSH->BNTH", weights.astype(v.dtype), blocks.read(v, j))
             return new_maximum, normaliser, out * shrink[..., None] + new
 
         start = (jnp.full(lead, MASKED), jnp.zeros(lead), jnp.zeros((*lead, v.shape[-1])))
@@ -282,20 +267,20 @@ def _blockwise_backward(spec, residuals, d_out):
             d_q, d_key, d_value, d_table = carry
             k_j = blocks.read(k, j)
             weights = jnp.exp(blocks.logits(q_i, k_j, i, j, near) - log_z_i[..., None])
-            d_weights = _einsum("BNTH,BNSH->BNTS", d_o_i, blocks.read(v, j))
+            d_weights = float32_einsum("BNTH,BNSH->BNTS", d_o_i, blocks.read(v, j))
             kept = weights
             if spec.dropout_rate:
                 keep = blocks.keep(dropout_key, weights.shape, i, j)
                 grow = 1.0 / (1.0 - spec.dropout_rate)
                 kept, d_weights = jnp.where(keep, weights * grow, 0.0), jnp.where(keep, d_weights * grow, 0.0)
             d_logits = (weights * (d_weights - delta_i[..., None])).astype(q.dtype)
-            d_value = blocks.add(d_value, j, _einsum("BNTS,BNTH->BNSH", kept.astype(q.dtype), d_o_i))
-            d_key = blocks.add(d_key, j, _einsum("BNTS,BNTH->BNSH", d_logits, q_i))
-            d_q = d_q + _einsum("BNTS,BNSH->BNTH", d_logits, k_j)
+            d_value = blocks.add(d_value, j, float32_einsum("BNTS,BNTH->BNSH", kept.astype(q.dtype), d_o_i))
+            d_key = blocks.add(d_key, j, float32_einsum("BNTS,BNTH->BNSH", d_logits, q_i))
+            d_q = d_q + float32_einsum("BNTS,BNSH->BNTH", d_logits, k_j)
             if near:
                 d_products = _unskew_block(d_logits)
-                d_q = d_q + _einsum("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j, axis=1))
-                d_table = blocks.add_slab(d_table, i, j, _einsum("BNTW,BNTH->BNWH", d_products, q_i))
+                d_q = d_q + float32_einsum("BNTW,NWH->BNTH", d_products, blocks.slab(blocks.table, i, j, axis=1))
+                d_table = blocks.add_slab(d_table, i, j, float32_einsum("BNTW,BNTH->BNWH", d_products, q_i))
             return d_q, d_key, d_value, d_table
 
         start = (jnp.zeros(q_i.shape), *rest)
@@ -351,10 +336,10 @@ class _Blocks:
 
     def logits(self, q_i, k_j, i, j, near):
         """Scaled logits of a block pair; `near` pairs have distances below R, or touch the diagonal, or both."""
-        logits = _einsum("BNTH,BNSH->BNTS", q_i, k_j)
+        logits = float32_einsum("BNTH,BNSH->BNTS", q_i, k_j)
         if not near:
             return logits
-        products = _einsum("BNTH,NWH->BNTW", q_i, self.slab(self.table, i, j, axis=1).astype(q_i.dtype))
+        products = float32_einsum("BNTH,NWH->BNTW", q_i, self.slab(self.table, i, j, axis=1).astype(q_i.dtype))
         query = i * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 0)
         key = j * self.size + lax.broadcasted_iota(jnp.int32, (self.size, self.size), 1)
         return jnp.where((query >= key)[None, None], logits + _skew_block(products, self.size), MASKED)
