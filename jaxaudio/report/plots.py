@@ -198,7 +198,8 @@ def attention_over_piano_roll(
                 arc = _arc(query, anchor, bend=row - (len(weights) - 1) / 2)
                 style = {"edgecolor": COLOURS[row], "facecolor": "none", "alpha": 0.85, "capstyle": "round"}
                 axes.add_patch(PathPatch(arc, linewidth=0.6 + 5 * weight, zorder=4, **style))
-    axes.plot(*query, marker="o", markersize=8, color="none", markeredgecolor=INK, markeredgewidth=2, zorder=5)
+    circle = {"marker": "o", "markersize": 8, "color": "none", "markeredgecolor": INK, "markeredgewidth": 2}
+    axes.plot(*query, **circle, zorder=5, clip_on=False)
     placed = np.array([anchor is not None for anchor in anchors])
     drawn = np.where(placed & (weights >= min_weight), weights, 0).sum() / weights.sum()
     note = f"the lines carry {drawn:.0%} of the attention: weights of {min_weight:g} and more, on notes"
