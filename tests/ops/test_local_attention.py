@@ -16,7 +16,7 @@ def test_equals_dense_attention_with_a_mask(length, block, num_kv_heads, scale):
     rng = np.random.default_rng(length)
     shapes = (2, length, 4, 6), (2, length, num_kv_heads, 6), (2, length, num_kv_heads, 3)
     query, key, value = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
-    mask = np.array([[s <= t and t // block - s // block <= 1 for s in range(length)] for t in range(length)])
+    mask = jnp.array([[s <= t and t // block - s // block <= 1 for s in range(length)] for t in range(length)])
 
     def ours(*inputs):
         return local_attention(*inputs, block_size=block, scale=scale)
