@@ -290,7 +290,7 @@ def test_codes_without_gradients_are_counted():
 
 
 def test_fields_that_do_not_fit():
-    with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 4500"):
+    with pytest.raises(ValueError, match="num_steps is 7, but optimizer.num_steps 5500"):
         dataclasses.replace(soundstream_speech.Config(), num_steps=7)
     with pytest.raises(ValueError, match="model.denoising=True, but crop.denoise_rate=None"):
         dataclasses.replace(soundstream_24khz.ROWS["denoising"], crop=CropConfig(100))
