@@ -55,7 +55,7 @@ def card(kbps: float, **reached) -> Card:
         deviations=(
             "The codes are those of the codec at hand on its own held-out recordings, not the paper's.",
             "The paper does not give the optimizer: here AdamW with a cosine schedule, and the average of parameters.",
-            "Each chunk of 5 s is coded by itself, in exact integers.",
+            "Each chunk of crop_s seconds is coded by itself, in exact integers.",
         ),
         **({"reached": None, "status": "not trained", "steps": 0, "hardware": ""} | reached),
     )
