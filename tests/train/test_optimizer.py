@@ -102,7 +102,7 @@ def test_adamw_equals_optax():
 
 
 def test_muon_by_hand():
-    """Kernels of several channels: Newton-Schulz of the momentum (Jordan et al. 2024); the others: Adam with Nesterov."""
+    """Kernels of several channels: Newton-Schulz of the momentum (Jordan et al. 2024); others: Adam with Nesterov."""
     rng = np.random.default_rng(0)
     params = {"conv": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones(5)}, "conv_in": {"kernel": jnp.ones((3, 1, 5))}}
     config = OptimizerConfig(name="muon", learning_rate=0.1, b1=0.8, b2=0.9)
