@@ -25,6 +25,7 @@ import numpy as np
 import tqdm
 
 from experiments import whisper_eval_report, whisper_paper
+from experiments.whisper_paper_languages import FLEURS_WER
 from jaxaudio import config as config_lib
 from jaxaudio.cli import raise_malloc_thresholds
 from jaxaudio.convert.whisper import ConvertError, load_whisper
@@ -133,7 +134,7 @@ CARDS = (
         for model in ("base.en", "large-v2")
     ),
     *(
-        _card("fleurs", code, "large-v2", f"FLEURS {code}", "table 13", whisper_paper.FLEURS[code]["large-v2"], folder)
+        _card("fleurs", code, "large-v2", f"FLEURS {code}", "table 13", FLEURS_WER[code]["large-v2"], folder)
         for code, folder in (("en", "FLEURS/en_us"), ("de", "FLEURS/de_de"), ("zh", "FLEURS/cmn_hans_cn"))
     ),
     _card("mls", "de", "large-v2", "MLS de", "table 10", whisper_paper.MLS["de"]["large-v2"], "german.jsonl"),
@@ -285,7 +286,7 @@ def reported(config: Config, languages: Sequence[str]) -> tuple[str, float] | No
     if config.data == "librispeech":
         numbers = whisper_paper.LIBRISPEECH.get((config.decoding, config.split), {})
     else:
-        tables = {"fleurs": whisper_paper.FLEURS, "mls": whisper_paper.MLS}
+        tables = {"fleurs": FLEURS_WER, "mls": whisper_paper.MLS}
         numbers = tables.get(config.row, {}).get(languages[0], {}) if config.decoding == "beam" else {}
     return (column, numbers[column]) if column in numbers else None
 

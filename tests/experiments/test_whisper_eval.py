@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import subprocess
 import sys
@@ -18,9 +17,11 @@ from tiny_librispeech import TEXTS, prepare
 from whisper.normalizers import EnglishTextNormalizer
 
 from experiments import whisper_eval, whisper_eval_report, whisper_paper
+from experiments import whisper_paper_languages as languages
 from experiments.__main__ import all_cards
 from jaxaudio import config as config_lib
 from jaxaudio.convert.whisper import save_whisper
+from jaxaudio.data.languages import LANGUAGES as NAMES
 from jaxaudio.data.result_lines import ResultLog, read_results
 from jaxaudio.data.transcripts import Transcription
 
@@ -306,59 +307,36 @@ def test_the_page_shows_the_worst_first(tmp_path):
     assert html.count("heard &lt;") == 25
 
 
-HOURS = "language\thours_transcribe\twer\thours_translate\tbleu\n"
-
-
-def test_lines_of_hours_are_least_squares(tmp_path):
+@pytest.mark.parametrize("kind", ["wer", "bleu"])
+def test_lines_of_hours_are_least_squares(kind):
     from scipy.stats import linregress
 
-    path = tmp_path / "hours.tsv"
-    path.write_text(
-        HOURS + "de\t1000\t\t500\t30\nfrench\t100\t20\t\t\nru\t10\t40.5\t20\t10\nta\t\t\t1\t5\nsw\t3\t\t\t\n"
+    log_y = kind == "wer"
+    points = whisper_paper.points("small")[kind]
+    hours, values = np.transpose(list(points.values()))
+    expected = linregress(np.log2(hours), np.log2(values) if log_y else values)
+    fit = whisper_paper.fit_line(points, log_y=log_y)
+    np.testing.assert_allclose(
+        [fit.slope, fit.intercept, fit.r2], [expected.slope, expected.intercept, expected.rvalue**2], atol=1e-9
     )
-    points = whisper_paper.read_hours(path, "small")
-    assert points == {
-        "wer": {"de": (1000.0, 10.2), "fr": (100.0, 20.0), "ru": (10.0, 40.5)},
-        "bleu": {"de": (500.0, 30.0), "ru": (20.0, 10.0), "ta": (1.0, 5.0)},
-    }
-    for kind, log_y in (("wer", True), ("bleu", False)):
-        hours, values = np.transpose(list(points[kind].values()))
-        expected = linregress(np.log2(hours), np.log2(values) if log_y else values)
-        fit = whisper_paper.fit_line(points[kind], log_y=log_y)
-        np.testing.assert_allclose(
-            [fit.slope, fit.intercept, fit.r2], [expected.slope, expected.intercept, expected.rvalue**2], atol=1e-9
-        )
-        figure = whisper_paper.hours_figure(points[kind], log_y=log_y, x_label="hours", y_label=kind)
-        (axes,) = figure.axes
-        assert [text.get_text() for text in axes.texts] == list(points[kind])
-        line = axes.lines[1]
-        assert axes.lines[0].get_xdata().tolist() == hours.tolist()
-        ends = expected.intercept + expected.slope * np.log2(line.get_xdata()[[0, -1]])
-        np.testing.assert_allclose(line.get_ydata()[[0, -1]], 2**ends if log_y else ends, rtol=1e-9)
-    halving = 2.0 ** (-1 / whisper_paper.fit_line(points["wer"], log_y=True).slope)
-    config = whisper_paper.Config(hours=str(path), column="small")
-    whisper_paper.main(config, tmp_path / "run")
-    html = (tmp_path / "run" / "report.html").read_text()
-    assert f"halves with {halving:.1f} times the hours" in html
-    assert math.isclose(halving, 10, rel_tol=0.1)
+    (axes,) = whisper_paper.hours_figure(points, log_y=log_y, x_label="hours", y_label=kind).axes
+    assert [text.get_text() for text in axes.texts] == list(points)
+    assert axes.lines[0].get_xdata().tolist() == hours.tolist()
+    line = axes.lines[1]
+    ends = expected.intercept + expected.slope * np.log2(line.get_xdata()[[0, -1]])
+    np.testing.assert_allclose(line.get_ydata()[[0, -1]], 2**ends if log_y else ends, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("language\thours\n", "hours.tsv:1: expected the header"),
-        (HOURS + "de\t1\t2\t3\n", "hours.tsv:2: .*not enough values"),
-        (HOURS + "elvish\t1\t2\t3\t4\n", "hours.tsv:2: .*elvish"),
-        (HOURS + "de\tmany\t2\t3\t4\n", "hours.tsv:2: .*many"),
-        (HOURS + "de\t0\t2\t3\t4\n", "hours.tsv:2: 0 is not a positive number"),
-        (HOURS + "de\t1\t2\t3\t4\ngerman\t1\t2\t3\t4\n", "hours.tsv:3: de is there twice"),
-        (HOURS + "de\t1\t2\t3\t4\n", "three languages or more"),
-    ],
-)
-def test_wrong_hours_are_named(tmp_path, text, message):
-    (tmp_path / "hours.tsv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        whisper_paper.read_hours(tmp_path / "hours.tsv", "large-v2")
+def test_hours_and_lines_are_the_papers():
+    """The sums of figure 11, but for the rounding of its bars; the correlations of figures 3 and 4, section 3.4."""
+    assert sum(languages.HOURS_TRANSCRIBED.values()) == pytest.approx(117_113, abs=3)
+    assert sum(languages.HOURS_TRANSLATED.values()) == pytest.approx(125_739, abs=3)
+    assert {*languages.HOURS_TRANSCRIBED, *languages.HOURS_TRANSLATED, *languages.FLEURS_WER} <= {*NAMES}
+    points = whisper_paper.points("large")
+    wer, bleu = (whisper_paper.fit_line(points[kind], log_y=kind == "wer") for kind in ("wer", "bleu"))
+    assert round(wer.r2, 2) == 0.83
+    assert round(2 ** (-1 / wer.slope)) in (15, 16)  # the paper says 16
+    assert round(bleu.r2, 2) == 0.24
 
 
 def test_the_papers_tables_are_printed(tmp_path, capsys):
@@ -367,6 +345,8 @@ def test_the_papers_tables_are_printed(tmp_path, capsys):
     assert "test-clean, greedy (table 8) 5.6 7.6 4.2 5.0 3.1 3.4 3.1 2.9 2.7 2.7" in lines
     assert "hi 102.3 101.1 38.4 26.8 26.9 21.5" in lines
     assert "it 13.8" in lines
-    assert "Training hours" not in (tmp_path / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text()
+    assert "It halves with 15.4 times the hours" in html
+    assert html.count("<svg") == 2
     with pytest.raises(ValueError, match=r"column is 'base.en'"):
         whisper_paper.Config(column="base.en")
