@@ -65,7 +65,6 @@ CARDS = (
             "Not a row of the paper: 16 filters instead of 32, 16 codebooks of 256 codes at 50 Hz, 16 kHz.",
             "Minutes of speech instead of LibriTTS, a few thousand steps instead of a million.",
             "EnCodec's balancer, a waveform loss and DAC's mel distances instead of SoundStream's sums over frames.",
-            "Narrow discriminators, that of the spectrograms EnCodec's.",
             "Muon instead of Adam; no discriminators: on so few steps they made all measures worse.",
             "Codebooks average over fewer steps, and codes are dead below a tenth of the mean usage, as in Mimi.",
         ),
